@@ -1,0 +1,66 @@
+# One word for each thing to do with the workbook; `make help` lists them.
+SHELL   := /bin/bash
+PYTHON  ?= python3
+VENV    := .venv
+BIN     := $(VENV)/bin
+RECIPE  ?= micro
+PIP     := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
+# notebooks under test run two at a time: one thread each, and no progress bars
+ONE     := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lab board docs bench readme clean
+
+help: ## this list
+	@awk -F': .*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' Makefile
+
+run: $(VENV)/.run ## train and measure a model on the embedded corpus, then chat with it (RECIPE=micro)
+	@$(BIN)/lm-nb run $(RECIPE)
+
+test: $(VENV)/.dev ## every check: export, README, lint, pytest, the notebooks, the site
+	@echo "== 1/6 export: lm_nb/ is what the notebooks say"; $(BIN)/python tools/export.py
+	@echo "== 2/6 README.md is what nbs/index.ipynb says"; $(BIN)/python tools/readme.py --check
+	@echo "== 3/6 lint"; $(BIN)/ruff check --quiet . && echo "clean"
+	@echo "== 4/6 notebooks, two at a time"; $(ONE) PATH="$$PWD/$(BIN):$$PATH" $(BIN)/nbdev-test --n_workers 2 --timing
+	@echo "== 5/6 documentation site"; $(BIN)/python tools/site.py
+	@echo "== 6/6 pytest"; $(ONE) $(BIN)/python -m pytest -q tests
+
+lab: $(VENV)/.dev ## JupyterLab on the chapters
+	@$(BIN)/jupyter trust nbs/*.ipynb >/dev/null
+	@PATH="$$PWD/$(BIN):$$PATH" $(BIN)/jupyter lab --notebook-dir nbs
+
+board: $(VENV)/.run ## TensorBoard on the runs
+	@mkdir -p runs; $(BIN)/tensorboard --logdir runs
+
+docs: $(VENV)/.dev ## build the documentation site in _docs/
+	@$(BIN)/python tools/site.py
+	@echo "To read it:  $(BIN)/python -m http.server -d _docs 8000   and open http://localhost:8000"
+
+bench: $(VENV)/.run ## speed and memory on this machine
+	@$(BIN)/python -m lm_nb.bench
+
+readme: $(VENV)/.dev ## write README.md and CONTRIBUTING.md from their notebooks
+	@$(BIN)/python tools/readme.py
+
+clean: ## remove what was built; runs/, data/ and .venv stay
+	@rm -rf _docs _proc build dist .pytest_cache .ruff_cache .hypothesis
+	@find lm_nb nbs tests tools -name __pycache__ -prune -exec rm -rf {} +
+
+# --- installation: a stamp file for each step, so that the next call is quick
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "make: '$(PYTHON)' was not found; install Python 3.11 to 3.13, or name one: make run PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $$($(PYTHON) --version) is too old; Python 3.11 or newer is needed. Name another one: make run PYTHON=python3.12" >&2; exit 2; }
+	@echo "-- creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "make: python could not create a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+
+$(VENV)/.run: $(BIN)/python pyproject.toml constraints.txt
+	@echo "-- installing lm_nb and what it runs on into $(VENV) (minutes the first time: torch is large)"
+	@$(PIP) -e . && touch $@
+
+$(VENV)/.dev: $(VENV)/.run tools/lab.json tools/jupyter_server_config.py
+	@echo "-- installing JupyterLab and the tools for tests and documentation"
+	@$(PIP) -e '.[dev]'
+	@mkdir -p $(VENV)/share/jupyter/lab/settings $(VENV)/etc/jupyter
+	@cp tools/lab.json $(VENV)/share/jupyter/lab/settings/overrides.json
+	@cp tools/jupyter_server_config.py $(VENV)/etc/jupyter/ && touch $@

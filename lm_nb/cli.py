@@ -37,6 +37,8 @@ def main(
     except KeyboardInterrupt:
         print('lm-nb: stopped', file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader has gone, as in  lm-nb recipe micro | head
+        sys.stdout = None
     return 0
 
 # %% ../nbs/17_cli.ipynb #9a026701
@@ -140,14 +142,15 @@ def _keys(cls, pairs, **kinds):
 # %% ../nbs/17_cli.ipynb #0a1fa3ba
 def _generate(name, pairs):
     "RECIPE prompt='…' [model=base|chat] [max_new=100] [temperature=…] [top_k=…] [top_p=…] [min_p=…] [repetition_penalty=…] [seed=…]: continue a text"
-    from lm_nb.generate import SampleConfig, stream_text
+    from lm_nb.generate import SampleConfig, stream, stream_text
     prompt, model = pairs.pop('prompt', ''), pairs.pop('model', 'base')
     check(prompt, "lm-nb generate: what should the model continue? prompt='…'")
     gpt, tok = _model(name, pairs, model)
     keys = _keys(SampleConfig, pairs, max_new=int)
     ids = tok.encode(prompt)
     print(prompt, end='', flush=True)
-    for text in stream_text(gpt, tok, ids, min(keys.pop('max_new', 100), gpt.cfg.context - len(ids)), **keys): print(text, end='', flush=True)
+    new = stream(gpt, ids, keys.pop('max_new', 100), eos=tok.eos, **keys)
+    for text in stream_text(tok, (i for i in new if i != tok.eos)): print(text, end='', flush=True)
     print()
 
 # %% ../nbs/17_cli.ipynb #9fd67e0a

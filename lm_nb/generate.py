@@ -373,12 +373,14 @@ class Chat:
     def stream(self, text:str) -> Iterator[str]:
         "Ask, and yield the answer piece by piece; the turn is remembered when the answer is complete"
         row, answer = self.ids(text), []
-        for piece in stream_text(self.tok, self._answer(row, answer)): yield piece
+        yield from stream_text(self.tok, self._answer(row, answer))
         self.turns.append((text, answer))
 
     def _answer(self, row, answer):
         for i in stream(self.model, row, self.max_new, eos=self.tok.eos, **self.sampling):
-            if i != self.tok.eos: answer.append(i); yield i
+            if i == self.tok.eos: return
+            answer.append(i)
+            yield i
 
     def ask(self, text:str) -> str:
         "Ask, and return the whole answer"

@@ -187,8 +187,9 @@ def test_tally_refuses_unequal_lists():
 # cloze and choices
 
 def test_cloze(tok):
-    records = [dict(prompt='The river is', answer='green', lang='en'), dict(prompt='The hill is', answer='blue', lang='en'), dict(prompt='河是', answer='绿', lang='zh')]
-    robot = Scripted(tok, [(tok.encode('The river is'), tok.encode(' green.')), (tok.encode('The hill is'), tok.encode(' green')), (tok.encode('河是'), tok.encode('绿色的'))])
+    rows = [('The river is', 'green', 'en', ' green.'), ('The hill is', 'blue', 'en', ' green'), ('河是', '绿', 'zh', '绿色的')]
+    records = [dict(prompt=prompt, answer=answer, lang=lang) for prompt, answer, lang, _ in rows]
+    robot = Scripted(tok, [(tok.encode(prompt), tok.encode(says)) for prompt, _, _, says in rows])
     scores, answers = cloze(robot, tok, records)
     assert {k: (s['exact'], s['n']) for k, s in scores.items()} == {'en': (1, 2), 'zh': (1, 1)}
     assert answers[1].got == 'green'

@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 
 from lm_nb import generate as G
 from lm_nb.core import UserError
-from lm_nb.generate import Chat, SampleConfig, complete, generate, pad_left, stream, stream_text
+from lm_nb.generate import Chat, complete, generate, pad_left, stream, stream_text
 from lm_nb.instructions import prompt_ids
 from lm_nb.model import GPT, GPTConfig, to_transformers
 from lm_nb.tokenizer import Tokenizer
@@ -65,7 +65,9 @@ def test_draw_never_takes_the_impossible(p, u):
     p = torch.where(p < 1e-6, 0, p) / p.sum()
     assert p[0, G.draw(p, torch.tensor([u])).item()] > 0
 
-@pytest.mark.parametrize('bad', [dict(temperature=-1), dict(temperature=math.nan), dict(top_k=0), dict(top_p=0), dict(top_p=90), dict(min_p=2), dict(repetition_penalty=0)])
+@pytest.mark.parametrize('bad', [
+    dict(temperature=-1), dict(temperature=math.nan), dict(top_k=0),
+    dict(top_p=0), dict(top_p=90), dict(min_p=2), dict(repetition_penalty=0)])
 def test_impossible_settings(model, bad):
     with pytest.raises(UserError, match=next(iter(bad))): generate(model, torch.ones(1, 1, dtype=torch.long), 1, **bad)
 
@@ -90,10 +92,11 @@ def test_greedy_agrees_with_transformers():
     for arch, name in dict(gpt2='GPT2', qwen3='Qwen3').items():
         gpt = make(arch)
         config, state = to_transformers(gpt)
-        theirs = getattr(tf, f'{name}LMHeadModel' if arch == 'gpt2' else f'{name}ForCausalLM')(getattr(tf, f'{name}Config')(**{k: v for k, v in config.items() if k != 'architectures'})).eval()
+        shape = getattr(tf, f'{name}Config')(**{k: v for k, v in config.items() if k != 'architectures'})
+        theirs = getattr(tf, config['architectures'][0])(shape).eval()
         theirs.load_state_dict(state, strict=False)
         if gpt.cfg.tie: theirs.tie_weights()
-        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
         assert torch.equal(generate(gpt, ids, 12), out)
 
 @pytest.mark.parametrize('cache', [True, False])

@@ -47,7 +47,8 @@ def bf16(): return torch.autocast('cpu', torch.bfloat16)
 
 def library_model(config, state):
     transformers = pytest.importorskip('transformers')
-    Model, Config = {'gpt2': (transformers.GPT2LMHeadModel, transformers.GPT2Config), 'qwen3': (transformers.Qwen3ForCausalLM, transformers.Qwen3Config)}[config['model_type']]
+    Model, Config = ((transformers.GPT2LMHeadModel, transformers.GPT2Config) if config['model_type'] == 'gpt2'
+                     else (transformers.Qwen3ForCausalLM, transformers.Qwen3Config))
     model = Model(Config(**config)).eval()
     missing, extra = model.load_state_dict(state, strict=False)
     assert not extra and set(missing) <= ({'lm_head.weight'} if config['tie_word_embeddings'] else set())
@@ -80,7 +81,8 @@ def test_own_start_of_the_library_comes_over():
 def test_gpt2_weights_without_the_outer_name_and_with_old_buffers():
     gpt = disturbed(SHAPES['gpt2 tied'])
     config, state = to_transformers(gpt)
-    old = {k.removeprefix('transformer.'): v for k, v in state.items()} | {'h.0.attn.bias': torch.ones(1, 1, 64, 64), 'h.0.attn.masked_bias': torch.tensor(-1e4)}
+    old = {k.removeprefix('transformer.'): v for k, v in state.items()}
+    old |= {'h.0.attn.bias': torch.ones(1, 1, 64, 64), 'h.0.attn.masked_bias': torch.tensor(-1e4)}
     config = {k: v for k, v in config.items() if k not in ('tie_word_embeddings', 'activation_function', 'n_inner')}
     assert torch.equal(from_transformers(config, old).eval()(tokens(1, 9)), gpt(tokens(1, 9)))
 
@@ -103,8 +105,10 @@ def test_foreign_or_broken_weights_are_refused():
 
 @pytest.mark.parametrize('wrong, word', [
     (dict(arch='llama'), 'llama'), (dict(d_model=34), 'divisible'), (dict(n_kv_head=3), 'n_kv_head'), (dict(n_kv_head=0), 'n_kv_head'),
-    (dict(context=0), 'context'), (dict(vocab_size=0), 'vocab_size'), (dict(n_head=0), 'n_head'), (dict(n_layer=-1), 'n_layer'), (dict(d_model=0), 'd_model'),
-    (dict(d_ff=0), 'd_ff'), (dict(d_head=0), 'd_head'), (dict(d_head=7), 'odd'), (dict(dropout=1.0), 'dropout'), (dict(norm_eps=0.), 'norm_eps'), (dict(rope_theta=0.), 'rope_theta'),
+    (dict(context=0), 'context'), (dict(vocab_size=0), 'vocab_size'), (dict(n_head=0), 'n_head'),
+    (dict(n_layer=-1), 'n_layer'), (dict(d_model=0), 'd_model'),
+    (dict(d_ff=0), 'd_ff'), (dict(d_head=0), 'd_head'), (dict(d_head=7), 'odd'), (dict(dropout=1.0), 'dropout'),
+    (dict(norm_eps=0.), 'norm_eps'), (dict(rope_theta=0.), 'rope_theta'),
     (dict(arch='gpt2', n_kv_head=2), 'qwen3'), (dict(arch='gpt2', d_head=16), 'qwen3')])
 def test_impossible_shapes(wrong, word):
     with pytest.raises(UserError, match=word): replace(SMALL, **wrong)
@@ -256,4 +260,5 @@ def test_sizes_are_known_before_they_are_paid_for():
         gpt2 = GPT(GPTConfig('gpt2', 50257, 1024, 12, 12, 768))
         qwen3 = GPT(GPTConfig('qwen3', 151936, 40960, 28, 16, 1024, n_kv_head=8, d_head=128, d_ff=3072, rope_theta=1e6))
     assert gpt2.n_params() == 124_439_808 and qwen3.n_params() == 596_049_920 # GPT-2 small, Qwen3-0.6B
+    assert gpt2(torch.zeros(2, 10, dtype=torch.int64, device='meta')).shape == (2, 10, 50257)
     assert gpt2.flops_per_token(1024) == 6 * (12 * 12 * 768**2 + 50257 * 768) + 12 * 12 * 1024 * 768

@@ -20,8 +20,8 @@ run: $(VENV)/.run ## train and measure a model on the embedded corpus, then chat
 test: $(VENV)/.dev ## every check: export, README, lint, pytest, the notebooks, the site
 	@echo "== 1/6 export: lm_nb/ is what the notebooks say"; $(BIN)/python tools/export.py
 	@echo "== 2/6 README.md is what nbs/index.ipynb says"; $(BIN)/python tools/readme.py --check
-	@echo "== 3/6 lint"; $(BIN)/ruff check --quiet . && echo "clean"
-	@echo "== 4/6 notebooks, two at a time"; $(ONE) PATH="$$PWD/$(BIN):$$PATH" $(BIN)/nbdev-test --n_workers 2 --timing
+	@echo "== 3/6 lint"; $(BIN)/ruff check --quiet --output-format concise . && echo clean
+	@echo "== 4/6 notebooks, two at a time"; $(ONE) PATH="$$PWD/$(BIN):$$PATH" $(BIN)/nbdev-test --n-workers 2 --timing
 	@echo "== 5/6 documentation site"; $(BIN)/python tools/site.py
 	@echo "== 6/6 pytest"; $(ONE) $(BIN)/python -m pytest -q tests
 

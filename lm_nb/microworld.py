@@ -478,7 +478,7 @@ def write_microworld(
     tellings:int=20,         # how often each article is told in each language
     fixed_order:bool=False,  # facts always in the same order, and no bilingual tellings
     parallel:float=.25,      # share of the tellings that are bilingual
-    train_per_task:int=2400, # training records of each task
+    train_per_task:int=3600, # training records of each task
     eval_per_task:int=240,   # validation records of each task, and test records
     per_cloze:int=200,       # cloze prompts in each language
     **sizes,                 # people, towns, things, hubs, folder: as for `make_world`

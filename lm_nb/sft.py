@@ -62,7 +62,7 @@ def sft_batches(
     check(pairs, f'recipe {recipe.name}: no record is left to train on: {report.rejected}')
     if ranks.first: write_json(run/'sft'/'report.json', asdict(report))
     n = rows(recipe, cfg)
-    n_replay = round(n * recipe.data.replay)
+    n_replay = ranks.world * round(n * recipe.data.replay / ranks.world)  # each rank takes an equal share
     asked = SFTBatches(tok, pairs, T, n - n_replay, recipe.seed, ranks.rank, ranks.world, cfg.micro_rows)
     if not n_replay: return asked
     shards, _ = run_shards(recipe, run, tok)

@@ -362,4 +362,5 @@ def plot_run(
             if held_out: ax.plot(*zip(*held_out), 'o', ms=4, color=f'C{i}', mfc='white', label=f'{label or ""} validation'.strip())
     for ax, key in zip(axes, keys): ax.set(title=key.replace('_', ' '), xlabel='step'); ax.grid(alpha=.3)
     axes[0].legend(fontsize=8)
+    plt.close(fig)
     return fig

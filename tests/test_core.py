@@ -1,0 +1,257 @@
+"""Recipes as people write them, files that appear whole or not at all"""
+import json, os, signal, subprocess, sys
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from lm_nb import core
+from lm_nb.core import Ranks, UserError, atomic, check, load_config, nearest, parse, read_json, read_settings, root, sha256, write_json
+
+
+@dataclass(frozen=True)
+class Part:
+    steps: int = 10
+    lr: float = 0.1
+    limit: int | None = None
+    fast: bool = False
+
+    def __post_init__(self): check(self.steps > 0, f'steps = {self.steps}: must be positive')
+
+
+@dataclass(frozen=True)
+class Whole:
+    name: str
+    seed: int = 0
+    text: str = ''
+    first: Part = field(default_factory=Part)
+    second: Part = field(default_factory=Part)
+
+
+@pytest.fixture
+def recipes(tmp_path):
+    "Write a settings file; gives a function (recipe, overrides) -> Whole"
+    def load(ini, name, *overrides):
+        path = tmp_path/'settings.ini'
+        path.write_text(ini, encoding='utf-8')
+        return load_config(Whole, name, overrides, path)
+    return load
+
+
+# ------------------------------------------------------------------ values
+
+@given(st.integers())
+def test_whole_numbers_come_back(n): assert parse(str(n), int) == n and parse(f'{n:_}', int) == n and parse(str(n), int | None) == n
+
+
+@given(st.floats(allow_nan=False))
+def test_numbers_come_back(x): assert parse(repr(x), float) == x
+
+
+@given(st.text().filter(lambda s: s.strip().lower() not in ('', 'none')))
+def test_text_comes_back(s): assert parse(s, str) == s and parse(s, str | None) == s
+
+
+@given(st.booleans(), st.sampled_from([str, str.lower, str.upper]))
+def test_truth_comes_back(b, spell): assert parse(spell(str(b)), bool) is b
+
+
+@given(st.sampled_from([int, float, bool, int | None, float | None, str | None]), st.text(max_size=12))
+@settings(max_examples=300)
+def test_any_text_is_a_value_or_a_value_error(kind, text):
+    "Nothing else may escape: the command line turns a ValueError into one clear line"
+    try: value = parse(text, kind)
+    except ValueError: return
+    assert value is None or isinstance(value, (int, float, bool, str))
+
+
+@pytest.mark.parametrize('text', ['1e999', '1e400', '-1E999'])
+def test_a_whole_number_beyond_all_bounds_is_a_value_error(text):
+    with pytest.raises(ValueError): parse(text, int)
+
+
+def test_powers_of_ten_are_whole_numbers():
+    assert parse('1e6', int) == 10**6 and parse('1.5E3', int) == 1500
+    for broken in ('1.5', '1e-3', '2.0001e3', 'e', 'ten', ''):
+        with pytest.raises(ValueError): parse(broken, int)
+
+
+def test_none_is_only_where_it_may_be():
+    assert parse('none', int | None) is None and parse(' ', float | None) is None and parse('none', str) == 'none'
+    with pytest.raises(ValueError): parse('none', int)
+
+
+# ------------------------------------------------------------------ recipes
+
+def test_like_inherits_over_several_steps_and_default_is_under_all(recipes):
+    ini = '[DEFAULT]\nseed = 7\n[a]\nsteps = 1\nlr = 0.5\ntext = ä中 # not this\n[b]\nlike = a\nlr = 0.25\n[c]\nlike = b\nfast = yes\nseed = 9\n'
+    a, c = recipes(ini, 'a'), recipes(ini, 'c')
+    assert a == Whole('a', 7, 'ä中', Part(1, .5), Part(1, .5)), 'a plain key sets every part that has it'
+    assert c == Whole('c', 9, 'ä中', Part(1, .25, fast=True), Part(1, .25, fast=True)), 'the nearer recipe wins'
+
+
+def test_the_narrower_key_wins_wherever_it_stands(recipes):
+    for ini in ('[r]\nsecond.steps = 3\nsteps = 2\n', '[r]\nsteps = 2\nsecond.steps = 3\n', '[a]\nsecond.steps = 3\n[r]\nlike = a\nsteps = 2\n'):
+        r = recipes(ini, 'r')
+        assert (r.first.steps, r.second.steps) == (2, 3)
+    assert recipes('[r]\nsecond.steps = 3\n', 'r', 'steps=5').second.steps == 3, 'part.key is narrower, even against the command line'
+    assert recipes('[r]\nsecond.steps = 3\n', 'r', 'second.steps=5').second.steps == 5
+    assert recipes('[r]\nsteps = 3\n', 'r', 'steps=5', 'steps=6').first.steps == 6, 'the last word counts'
+
+
+def test_an_override_may_hold_an_equals_sign(recipes): assert recipes('[r]\n', 'r', 'text=a=b=c').text == 'a=b=c'
+
+
+@pytest.mark.parametrize('ini, name, overrides, words', [
+    ('[a]\nlike = b\n[b]\nlike = c\n[c]\nlike = a\n', 'a', (), ("'like' goes round in a circle: a -> b -> c -> a",)),
+    ('[a]\nlike = a\n', 'a', (), ('circle', 'a -> a')),
+    ('[base]\n[a]\nlike = bsae\n', 'a', (), ('settings.ini [a]', 'like = bsae', "did you mean 'base'")),
+    ('[base]\n', 'bas', (), ("no recipe 'bas'", "did you mean 'base'", 'there are: base')),
+    ('[r]\nstesp = 1\n', 'r', (), ('settings.ini [r]', "unknown key 'stesp'", "did you mean 'steps'")),
+    ('[r]\nfrist.steps = 1\n', 'r', (), ("did you mean 'first.steps'",)),
+    ('[r]\nfirst.seed = 1\n', 'r', (), ("unknown key 'first.seed'",)),
+    ('[r]\nname = x\n', 'r', (), ("unknown key 'name'",)),
+    ('[r]\nsteps = many\n', 'r', (), ('settings.ini [r]', 'steps = many', 'expected a whole number')),
+    ('[r]\n', 'r', ('lr=fast',), ('command line', 'lr = fast', 'expected a number')),
+    ('[r]\n', 'r', ('limit=1.5',), ('limit = 1.5', 'expected a whole number or none')),
+    ('[r]\n', 'r', ('fast=perhaps',), ('expected true or false',)),
+    ('[r]\n', 'r', ('seed=1e999',), ('seed = 1e999', 'expected a whole number')),
+    ('[r]\n', 'r', ('steps',), ("'steps' is not of the form key=value",)),
+    ('[r]\nsecond.steps = 0\n', 'r', (), ('recipe r: steps = 0: must be positive',)),
+    ('steps = 1\n', 'r', (), ('settings.ini', 'not a settings file')),
+    ('[r]\n[r]\n', 'r', (), ('settings.ini', 'already exists')),
+])
+def test_a_wrong_recipe_is_one_clear_line(recipes, ini, name, overrides, words):
+    with pytest.raises(UserError) as e: recipes(ini, name, *overrides)
+    assert '\n' not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
+
+
+def test_a_settings_file_that_is_missing_or_not_text(tmp_path):
+    with pytest.raises(UserError, match='no such settings file'): read_settings(tmp_path/'settings.ini')
+    (tmp_path/'settings.ini').write_bytes(b'[r]\ntext = \xff\n')
+    with pytest.raises(UserError, match='settings.ini: not a settings file'): read_settings(tmp_path/'settings.ini')
+
+
+def test_every_recipe_of_the_workbook_loads():
+    from lm_nb.pretrain import load_recipe
+    for name in read_settings():
+        overrides = ['text=FILE'] if name == 'own' else []
+        assert load_recipe(name, overrides).name == name
+
+
+def test_hints(): assert nearest('tokenzier', ['tokenizer', 'shards']) == " (did you mean 'tokenizer'?)" and nearest('xyz', ['tokenizer']) == ''
+
+
+# ------------------------------------------------------------------ where things are
+
+def test_root_is_the_nearest_folder_above_with_settings(tmp_path, monkeypatch):
+    deep = tmp_path/'a'/'b'
+    deep.mkdir(parents=True)
+    (tmp_path/'settings.ini').touch()
+    monkeypatch.chdir(deep)
+    assert root() == tmp_path
+    (tmp_path/'a'/'settings.ini').touch()
+    assert root() == tmp_path/'a'
+
+
+def test_root_falls_back_on_the_package(tmp_path, monkeypatch):
+    here = root()
+    monkeypatch.chdir(tmp_path)
+    assert root() == here
+    monkeypatch.setattr(core, '__file__', str(tmp_path/'site'/'lm_nb'/'core.py'))
+    with pytest.raises(UserError, match='no settings.ini'): root()
+
+
+# ------------------------------------------------------------------ files
+
+def test_atomic_leaves_the_old_file_when_the_writer_fails(tmp_path):
+    path = tmp_path/'sub'/'x.json'
+    write_json(path, {'a': 1})
+    with pytest.raises(ZeroDivisionError), atomic(path) as tmp:
+        tmp.write_text('half')
+        1/0  # noqa: B018
+    with pytest.raises(UserError, match='nothing was written'), atomic(path): pass
+    with pytest.raises(TypeError): write_json(path, {'a': object()})
+    assert read_json(path) == {'a': 1} and [p.name for p in path.parent.iterdir()] == ['x.json']
+
+
+def test_atomic_never_replaces_a_folder_and_cleans_up(tmp_path):
+    path = tmp_path/'run'
+    def fill():
+        with atomic(path) as tmp:
+            (tmp/'deep').mkdir(parents=True)
+            (tmp/'deep'/'f').write_text('x')
+    fill()
+    with pytest.raises(UserError, match='exists already and is not replaced'): fill()
+    assert (path/'deep'/'f').read_text() == 'x' and [p.name for p in tmp_path.iterdir()] == ['run']
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path):
+    path = tmp_path/'x.json'
+    write_json(path, [1])
+    code = ('import os, signal, sys; from lm_nb.core import atomic\n'
+            'with atomic(sys.argv[1]) as tmp: tmp.write_text("[2"); os.kill(os.getpid(), signal.SIGKILL)')
+    assert subprocess.run([sys.executable, '-c', code, str(path)]).returncode == -signal.SIGKILL
+    assert read_json(path) == [1]
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(exclude_categories=['Cs'])),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(exclude_categories=['Cs'])), inner, max_size=3)))
+@settings(max_examples=40, deadline=None)
+def test_json_comes_back(tmp_path_factory, value):
+    path = tmp_path_factory.mktemp('j')/'x.json'
+    write_json(path, value)
+    assert read_json(path) == value
+
+
+def test_json_that_is_none(tmp_path):
+    with pytest.raises(UserError, match='no such file'): read_json(tmp_path/'x.json')
+    for garbage in (b'{"a": ', b'\xff\xfe', b''):
+        (tmp_path/'x.json').write_bytes(garbage)
+        with pytest.raises(UserError, match='not valid JSON') as e: read_json(tmp_path/'x.json')
+        assert '\n' not in str(e.value)
+
+
+def test_sha256(tmp_path):
+    (tmp_path/'x').write_bytes(b'abc')
+    assert sha256(tmp_path/'x') == 'ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad'
+
+
+# ------------------------------------------------------------------ hardware
+
+def test_devices_and_formats_that_are_not_there():
+    import torch
+    from lm_nb.core import pick_device, pick_dtype
+    for name in ('gpu', 'cuda:x', ''):
+        with pytest.raises(UserError, match='device = '): pick_device(name)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match='no CUDA device'): pick_device('cuda')
+    with pytest.raises(UserError, match='expected auto, bf16'): pick_dtype(torch.device('cpu'), 'fp8')
+    with pytest.raises(UserError, match='does not train on a CPU'): pick_dtype(torch.device('cpu'), 'fp16')
+
+
+def test_alone_unless_torchrun_says_otherwise(monkeypatch):
+    import torch
+    monkeypatch.delenv('RANK', raising=False)
+    assert core.init_ranks(torch.device('cpu')) == Ranks() and Ranks().first and not Ranks(1, 1, 2).first
+
+
+def test_bars_are_silent_under_test_and_on_other_ranks(monkeypatch, capsys):
+    for key, value in (('IN_TEST', '1'), ('RANK', '1')):
+        monkeypatch.delenv('IN_TEST', raising=False), monkeypatch.delenv('RANK', raising=False)
+        monkeypatch.setenv(key, value)
+        assert list(core.progress(range(3), desc='bar')) == [0, 1, 2]
+        assert capsys.readouterr().err == ''
+    monkeypatch.delenv('RANK')
+    assert list(core.progress(range(3), desc='bar')) == [0, 1, 2]
+    assert 'bar: 100%' in capsys.readouterr().err
+
+
+def test_the_package_loads_no_torch():
+    code = 'import sys, lm_nb, lm_nb.core; print(*{"torch", "numpy", "sentencepiece", "datasets"} & set(sys.modules))'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env={**os.environ}).stdout.strip() == ''
+
+
+def test_settings_keep_their_order_and_spelling(tmp_path):
+    (tmp_path/'s.ini').write_text('[B]\nKey = 1\n[a]\nlike = B\n')
+    assert json.dumps(read_settings(tmp_path/'s.ini')) == '{"B": {"Key": "1"}, "a": {"Key": "1"}}'

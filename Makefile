@@ -4,18 +4,19 @@ PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin
 RECIPE  ?= micro
+ARGS    ?=
 PIP     := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 # notebooks under test run two at a time: one thread each, and no progress bars
 ONE     := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab board docs bench readme clean
+.PHONY: help run test lab board docs readme clean
 
 help: ## this list
 	@awk -F': .*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' Makefile
 
-run: $(VENV)/.run ## train and measure a model on the embedded corpus, then chat with it (RECIPE=micro)
-	@$(BIN)/lm-nb run $(RECIPE)
+run: $(VENV)/.run ## train and measure a model on the embedded corpus, then chat with it (RECIPE=micro ARGS="key=value …")
+	@$(BIN)/lm-nb run $(RECIPE) $(ARGS)
 
 test: $(VENV)/.dev ## every check: export, README, lint, pytest, the notebooks, the site
 	@echo "== 1/6 export: lm_nb/ is what the notebooks say"; $(BIN)/python tools/export.py
@@ -35,9 +36,6 @@ board: $(VENV)/.run ## TensorBoard on the runs
 docs: $(VENV)/.dev ## build the documentation site in _docs/
 	@$(BIN)/python tools/site.py
 	@echo "To read it:  $(BIN)/python -m http.server -d _docs 8000   and open http://localhost:8000"
-
-bench: $(VENV)/.run ## speed and memory on this machine
-	@$(BIN)/python -m lm_nb.bench
 
 readme: $(VENV)/.dev ## write README.md and CONTRIBUTING.md from their notebooks
 	@$(BIN)/python tools/readme.py

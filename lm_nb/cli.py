@@ -6,10 +6,10 @@
 __all__ = ['USAGE', 'STAGES', 'main']
 
 # %% ../nbs/17_cli.ipynb #5236e4db
-import sys
+import os, sys
 from pathlib import Path
 
-from .core import UserError, check, load_config, nearest, parts, read_settings, root
+from .core import UserError, check, nearest, parts, read_settings, root
 
 # %% ../nbs/17_cli.ipynb #8e3cd85e
 USAGE = '''lm-nb STAGE RECIPE [key=value …]
@@ -30,6 +30,7 @@ def main(
     argv=None, # the words after `lm-nb`
 ) -> int: # exit status: 0 done, 2 a mistake in what was asked, 130 stopped by Ctrl-C
     "The command line"
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch starts its threads
     try: _stage(list(sys.argv[1:] if argv is None else argv))
     except UserError as e:
         print(f'lm-nb: {e}', file=sys.stderr)
@@ -39,6 +40,9 @@ def main(
         return 130
     except BrokenPipeError:  # the reader has gone, as in  lm-nb recipe micro | head
         sys.stdout = None
+    except OSError as e:  # a full disk, a folder that may not be written
+        print(f'lm-nb: {e.filename or "the system"}: {e.strerror or e}', file=sys.stderr)
+        return 2
     return 0
 
 # %% ../nbs/17_cli.ipynb #9a026701
@@ -123,7 +127,9 @@ def _model(name, pairs, *kinds):
     "The first model of `kinds` in the run `name`, its tokenizer and the device"
     from lm_nb.checkpoint import load_model
     from lm_nb.core import pick_device
-    run = Path(pairs.pop('run_dir', None) or root()/'runs'/name)
+    run_dir, recipes = pairs.pop('run_dir', None), read_settings()
+    run = Path(run_dir or root()/'runs'/name)
+    check(run_dir or name in recipes or run.exists(), f"no recipe '{name}' in settings.ini{nearest(name, recipes)}; there are: {', '.join(recipes)}")
     folder = next((run/k for k in kinds if (run/k).exists()), None)
     check(folder, f'{run}: no {" or ".join(kinds)} model here; run  lm-nb run {name}  first')
     return load_model(folder, pick_device(pairs.pop('device', 'auto')))
@@ -131,12 +137,12 @@ def _model(name, pairs, *kinds):
 # %% ../nbs/17_cli.ipynb #82e90ac2
 def _keys(cls, pairs, **kinds):
     "The pairs as values of the kinds that `cls` and `kinds` declare"
-    from lm_nb.core import knobs, parse
+    from lm_nb.core import _kind, knobs, parse
     kinds, out = {**knobs(cls), **kinds}, {}
     for k, v in pairs.items():
         check(k in kinds, f"unknown key '{k}'{nearest(k, kinds)}; there are: {', '.join(kinds)}")
         try: out[k] = parse(v, kinds[k])
-        except ValueError: raise UserError(f'{k} = {v}: expected {kinds[k]}') from None
+        except ValueError: raise UserError(f'{k} = {v}: expected {_kind(kinds[k])}') from None
     return out
 
 # %% ../nbs/17_cli.ipynb #0a1fa3ba
@@ -159,6 +165,7 @@ def _chat(name, pairs):
     from lm_nb.generate import Chat, SampleConfig
     gpt, tok = _model(name, pairs, 'chat')
     chat = Chat(gpt, tok, **{'memory': 0, **_keys(SampleConfig, pairs, system=str, memory=int | None, max_new=int)})
+    if hasattr(sys.stdin, 'reconfigure'): sys.stdin.reconfigure(errors='replace')  # a pipe may hold anything
     if sys.stdin.isatty(): print('Ask something; an empty line, Ctrl-D or Ctrl-C ends.')
     while text := _ask():
         try:
@@ -179,7 +186,7 @@ def _recipe(name, pairs):
     recipe = load_recipe(name, [f'{k}={v}' for k, v in pairs.items()])
     for part, cls in parts(Recipe).items():
         print(f'\n{part or "recipe"}')
-        for key, doc in _docs(cls).items(): print(f'  {key:18} {str(getattr(getattr(recipe, part) if part else recipe, key)):<16} {doc}')
+        for key, doc in _docs(cls).items(): print(f'  {key:18} {getattr(getattr(recipe, part) if part else recipe, key)!s:<16} {doc}')
 
 # %% ../nbs/17_cli.ipynb #d2aeaf2e
 def _docs(cls):

@@ -10,7 +10,7 @@ __all__ = ['UserError', 'check', 'nearest', 'root', 'read_settings', 'parse', 'p
 # %% ../nbs/00_core.ipynb #25555f7c
 import configparser, dataclasses, difflib, hashlib, json, os, platform, random, shutil, sys, types, typing
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #b971d7c1
@@ -79,7 +79,7 @@ def parse(
         words = dict(true=True, yes=True, on=True, false=False, no=False, off=False)
         if text.lower() not in words: raise ValueError(text)
         return words[text.lower()]
-    if kind is int and 'e' in text.lower() and float(text) == int(float(text)): return int(float(text))
+    if kind is int and 'e' in text.lower() and float(text).is_integer(): return int(float(text))
     return kind(text)
 
 # %% ../nbs/00_core.ipynb #ec5a36b1
@@ -109,11 +109,10 @@ def load_config(
     path = Path(path or root()/'settings.ini')
     recipes = read_settings(path)
     check(name in recipes, f"no recipe '{name}' in {path.name}{nearest(name, recipes)}; there are: {', '.join(recipes)}")
-    texts = {key: (text, f'{path.name} [{name}]') for key, text in recipes[name].items()}
+    texts = [(key, text, f'{path.name} [{name}]') for key, text in recipes[name].items()]
     for o in overrides:
         check('=' in o, f"'{o}' is not of the form key=value")
-        key, text = o.split('=', 1)
-        texts[key] = text, 'command line'
+        texts.append((*o.split('=', 1), 'command line'))
     return _compose(cls, name, texts)
 
 # %% ../nbs/00_core.ipynb #ca88fe34
@@ -121,7 +120,8 @@ def _compose(cls, name, texts):
     all_parts = parts(cls)
     names = [n for part, c in all_parts.items() for k in knobs(c) for n in ([k, f'{part}.{k}'] if part else [k])]
     values = {part: {} for part in all_parts}
-    for key, (text, where) in sorted(texts.items(), key=lambda kv: '.' in kv[0]):  # part.key after key: the narrower word wins
+    # the narrower word wins, the command line over everything: each assignment replaces those before it
+    for key, text, where in sorted(texts, key=lambda t: (t[2] == 'command line', '.' in t[0])):
         check(key in names, f"{where}: unknown key '{key}'{nearest(key, names)}")
         only, _, short = key.rpartition('.')
         for part, c in all_parts.items():
@@ -287,7 +287,7 @@ def sha256(
 # %% ../nbs/00_core.ipynb #ea2d7b1c
 def progress(
     iterable=None, # what to walk through, if anything
-    total:float=None, # how much there is
+    total:float|None=None, # how much there is
     desc:str='', # what is being done
     unit:str='it', # of what
     **kw, # passed on to tqdm

@@ -163,6 +163,8 @@ def read_csv(path, errors='strict', report=None):
 def read_columns(path, errors='strict', report=None):
     "Records of a Parquet or Arrow file"
     from datasets import load_dataset
+    from datasets.utils.logging import CRITICAL, set_verbosity
+    set_verbosity(CRITICAL)  # what goes wrong is told once, below
     kind = Path(path).suffix.lower()[1:]
     try: yield from load_dataset(kind, data_files=str(path), split='train', streaming=True)
     except Exception as e: raise UserError(f'{path}: not a readable {kind} file: {_first_line(e)}') from None
@@ -264,7 +266,7 @@ def split_sources(
 ) -> list:
     "The single sources; a path that exists may contain blanks"
     if isinstance(source, (list, tuple)): return list(source)
-    if isinstance(source, Path) or Path(source).exists(): return [source]
+    if isinstance(source, Path) or (source.strip() and Path(source).exists()): return [source]
     found = [s for s in re.split(r'[,\s]+', source) if s]
     check(found, 'no source of text was given; name a file, a folder or hf:owner/name')
     return found

@@ -41,11 +41,12 @@ def plot_surprise(
     bits:list[float], # of each piece but the first
 ):
     "A bar for each token of a text. A matplotlib figure"
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(9, 2.4), layout='constrained')
+    import matplotlib.pyplot as plt
+    fig = plt.figure(figsize=(9, 2.4), layout='constrained')
     ax = fig.subplots()
     ax.bar(range(1, len(pieces)), bits)
     ax.set(ylabel='bits', xlim=(-.6, len(pieces) - .4)), ax.set_xticks(range(len(pieces)), pieces, rotation=60)
+    plt.close(fig)
     return fig
 
 # %% ../nbs/11_evaluate.ipynb #c3c5f154
@@ -162,9 +163,9 @@ def plot_scores(
     **series, # name -> scores as from `exact_match`
 ):
     "Shares of right answers, a group of bars for each task, with their intervals. A matplotlib figure"
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
     tasks = sorted({task for scores in series.values() for task in scores})
-    fig = Figure(figsize=(6, .6 + .22*len(tasks)*(len(series) + 1)), layout='constrained')
+    fig = plt.figure(figsize=(6, .6 + .22*len(tasks)*(len(series) + 1)), layout='constrained')
     ax, step = fig.subplots(), 1/(len(series) + 1)
     for i, (name, scores) in enumerate(series.items()):
         here = [t for t in tasks if t in scores]
@@ -173,6 +174,7 @@ def plot_scores(
         ax.barh(at, share, step, xerr=reach, label=name.replace('_', ' '), error_kw=dict(ecolor='gray', capsize=2))
     ax.set(xlim=(0, 1.02), xlabel='share of exact answers'), ax.set_yticks([n + step*(len(series) - 1)/2 for n in range(len(tasks))], tasks)
     ax.invert_yaxis(), fig.legend(loc='outside right upper')
+    plt.close(fig)
     return fig
 
 # %% ../nbs/11_evaluate.ipynb #c6b8627e

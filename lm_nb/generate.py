@@ -29,14 +29,15 @@ def plot_choice(
     n:int=8, # how many of the most probable tokens to show
 ):
     "The probabilities of the next token before and after a change. A matplotlib figure"
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
     p, q = (logits[0].softmax(-1) for logits in (before, after))
     top = p.topk(n).indices.tolist()
-    fig = Figure(figsize=(6, 2.2), layout='constrained')
+    fig = plt.figure(figsize=(6, 2.2), layout='constrained')
     ax = fig.subplots()
     ax.bar([i - .2 for i in range(n)], p[top], .4, label='before', color='lightgray')
     ax.bar([i + .2 for i in range(n)], q[top], .4, label='after')
     ax.set(ylabel='probability', title=title), ax.set_xticks(range(n), [repr(tok.decode([i])) for i in top]), ax.legend()
+    plt.close(fig)
     return fig
 
 # %% ../nbs/10_generate.ipynb #149a9c6b

@@ -327,7 +327,7 @@ def articles(
     world:World,            # whose articles
     tellings:int=20,        # how often each article is told in each language
     fixed_order:bool=False, # facts always in the same order, and no bilingual tellings
-    parallel:float=.25,     # share of the tellings that are bilingual
+    parallel:float=.4,     # share of the tellings that are bilingual
 ) -> list: # of {'text', 'entity', 'lang'}
     "The encyclopaedia, shuffled"
     check(tellings >= 1, f'tellings = {tellings}: expected 1 or more')
@@ -407,7 +407,7 @@ def summaries(
     entity:Entity,     # what to sum up
     lang:str,          # 'zh' or 'en'
     rng:random.Random, # the source of chance
-    n:int=6,           # how many short articles for each wording
+    n:int=10,          # how many short articles for each wording
 ) -> list: # of records
     "Short articles to be summed up"
     need, out = entity.kind.summary['facts'], []
@@ -477,8 +477,8 @@ def write_microworld(
     seed:int=0,              # another seed, another world
     tellings:int=20,         # how often each article is told in each language
     fixed_order:bool=False,  # facts always in the same order, and no bilingual tellings
-    parallel:float=.25,      # share of the tellings that are bilingual
-    train_per_task:int=3600, # training records of each task
+    parallel:float=.4,      # share of the tellings that are bilingual
+    train_per_task:int=4500, # training records of each task
     eval_per_task:int=240,   # validation records of each task, and test records
     per_cloze:int=200,       # cloze prompts in each language
     **sizes,                 # people, towns, things, hubs, folder: as for `make_world`

@@ -4,25 +4,27 @@
 
 # %% auto #0
 __all__ = ['DataConfig', 'Recipe', 'load_recipe', 'flat', 'run_folder', 'sources', 'documents', 'tokenizer_texts',
-           'run_tokenizer', 'run_shards', 'rows', 'validator', 'pretrain', 'wait', 'continuation', 'draw_attention',
-           'stage_main']
+           'run_tokenizer', 'keep_report', 'run_shards', 'rows', 'validator', 'pretrain', 'first_words', 'wait',
+           'on_first', 'continuation', 'draw_attention', 'stage_main']
 
 # %% ../nbs/12_pretrain.ipynb #144024c8
-import json, math, sys
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+import sys, time
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
 
-from .core import Ranks, UserError, atomic, check, close_ranks, init_ranks, load_config, pick_device, pick_dtype, progress, read_json, root, seed_all, write_json
+from .core import Ranks, UserError, atomic, check, close_ranks, init_ranks, load_config
+from .core import pick_device, pick_dtype, progress, root, seed_all, write_json
 from .microworld import write_microworld
 from .corpus import Report, held_out, read_documents
 from .tokenizer import Tokenizer, TokenizerConfig
 from .shards import PretrainBatches, Shards, eval_batches, write_shards
 from .instructions import read_instructions
 from .model import GPT, GPTConfig, attention_weights
-from .checkpoint import load_model, open_run, save_model
-from .train import TrainConfig, mixed, plot_run, train
+from .checkpoint import open_run, save_model
+from .train import TrainConfig, mixed, train
 from .generate import complete
 from .evaluate import heldout
 
@@ -122,6 +124,7 @@ def documents(
 ):
     "Stream the documents of one part"
     source = data.text_valid if part == 'valid' and data.text_valid else data.text
+    check(source, f'recipe {recipe.name}: there is no text to read; set text= to a file, a folder or hf:owner/name')
     n = 0
     for doc in read_documents(source, field=data.field, errors=data.errors, report=report):
         if data.max_documents is not None and n == data.max_documents: return
@@ -153,6 +156,15 @@ def run_tokenizer(
     return Tokenizer.load(path)
 
 # %% ../nbs/12_pretrain.ipynb #be3c81a3
+def keep_report(
+    report:Report,
+    path, # a JSON file
+):
+    "Write down what was read, and say so if anything was left out"
+    write_json(path, asdict(report))
+    if report.rejected or report.notes: print(report.source, report, sep='\n', file=sys.stderr)
+
+# %% ../nbs/12_pretrain.ipynb #9abdeff3
 def run_shards(
     recipe:Recipe,
     run:Path, # the run directory
@@ -163,9 +175,12 @@ def run_shards(
     for part in ('train', 'valid'):
         if (run/'shards'/part).exists(): continue
         report = Report(str(data.text))
-        docs = progress(documents(recipe, data, part, report), desc=f'shards: {part}', unit='doc')
-        write_shards(docs, tok, run/'shards'/part)
-        if part == 'train' or data.text_valid: write_json(run/'shards'/f'{part}-report.json', asdict(report))
+        docs = iter(progress(documents(recipe, data, part, report), desc=f'shards: {part}', unit='doc'))
+        first = next(docs, None)
+        check(first is not None, f'{data.text}: no document for the {part} part with valid_share = {data.valid_share}; '
+              'give more documents, another valid_share, or text_valid=')
+        write_shards(chain([first], docs), tok, run/'shards'/part)
+        if part == 'train' or data.text_valid: keep_report(report, run/'shards'/f'{part}-report.json')
     return tuple(Shards(run/'shards'/part, tok) for part in ('train', 'valid'))
 
 # %% ../nbs/12_pretrain.ipynb #dec853b7
@@ -194,8 +209,7 @@ def pretrain(
     ranks:Ranks=Ranks(),
 ) -> GPT: # the base model, also saved in run/base
     "Train the base model of a recipe, from wherever the run directory left off"
-    if ranks.first: run_shards(recipe, run, run_tokenizer(recipe, run))
-    wait(ranks)
+    on_first(ranks, lambda: run_shards(recipe, run, run_tokenizer(recipe, run)))
     tok = Tokenizer.load(run/'tokenizer'/'tokenizer.model')
     shards, held = run_shards(recipe, run, tok)
     seed_all(recipe.seed)
@@ -203,17 +217,41 @@ def pretrain(
     cfg, T = recipe.pretrain, recipe.model.context
     batches = PretrainBatches(shards, T, rows(recipe, cfg), recipe.seed, ranks.rank, ranks.world, cfg.micro_rows, recipe.data.doc_mask)
     validate = validator(recipe, cfg, lambda: eval_batches(held, T, 64, recipe.data.doc_mask), held.text_bytes)
-    opening = next(documents(recipe, sources(recipe, run), 'valid'))
+    opening = first_words(held, tok)
     train(gpt, batches, cfg, run/'pretrain', validate, lambda g: continuation(g, tok, opening), ranks, 'pretrain', flat(recipe))
     if ranks.first and not (run/'base').exists():
         draw_attention(gpt, tok, opening, run/'pretrain', cfg.steps)
         save_model(run/'base', gpt, tok)
     return gpt.eval()
 
+# %% ../nbs/12_pretrain.ipynb #e6869119
+def first_words(
+    shards:Shards,
+    tok:Tokenizer,
+    n:int=64, # tokens at most
+) -> str:
+    "How the first document of the shards begins"
+    ids = shards.tokens(0, min(n, len(shards))).tolist()
+    return tok.decode(ids[:ids.index(tok.eos)] if tok.eos in ids else ids)
+
 # %% ../nbs/12_pretrain.ipynb #cc22b7e6
 def wait(ranks:Ranks):
     "Hold until every rank is here"
     if ranks.world > 1: torch.distributed.barrier()
+
+# %% ../nbs/12_pretrain.ipynb #2c697964
+def on_first(
+    ranks:Ranks,
+    f, # what one rank has to do for all
+):
+    "Call `f` on the first rank while the others wait. A mistake there ends them all, and the first tells it"
+    told = [None]
+    try: ranks.first and f()
+    except UserError as e: told = [str(e)]
+    if ranks.world > 1: torch.distributed.broadcast_object_list(told)
+    if told[0] is None: return
+    if not ranks.first: time.sleep(1)  # torchrun ends all ranks when one ends: the first speaks before
+    raise UserError(told[0] if ranks.first else '')
 
 # %% ../nbs/12_pretrain.ipynb #5633ed19
 def continuation(
@@ -231,7 +269,6 @@ def continuation(
 # %% ../nbs/12_pretrain.ipynb #5f6096a4
 def draw_attention(gpt, tok, text, folder, step):
     "The first layer's and the last layer's attention over a text, as pictures for TensorBoard"
-    import matplotlib
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
     ids = torch.tensor([tok.encode(text)[:min(40, gpt.cfg.context)]], device=next(gpt.parameters()).device)
@@ -239,7 +276,9 @@ def draw_attention(gpt, tok, text, folder, step):
         for layer in sorted({0, gpt.cfg.n_layer - 1}):
             weights = attention_weights(gpt, ids, layer)[0].float().cpu()
             fig = Figure(figsize=(2.4*len(weights), 2.6), layout='constrained')
-            for head, (ax, w) in enumerate(zip(fig.subplots(1, len(weights), squeeze=False)[0], weights)): ax.imshow(w, cmap='magma'); ax.set(title=f'layer {layer}, head {head}', xticks=[], yticks=[])
+            for head, (ax, w) in enumerate(zip(fig.subplots(1, len(weights), squeeze=False)[0], weights)):
+                ax.imshow(w.numpy(), cmap='magma')
+                ax.set(title=f'layer {layer}, head {head}', xticks=[], yticks=[])
             board.add_figure(f'attention/layer_{layer}', fig, step)
 
 # %% ../nbs/12_pretrain.ipynb #d4cea05b
@@ -254,11 +293,10 @@ def stage_main(
         run_dir = next((o.split('=', 1)[1] for o in overrides if o.startswith('run_dir=')), None)
         recipe = load_recipe(argv[0], [o for o in overrides if not o.startswith('run_dir=')])
         ranks = init_ranks(pick_device(recipe.pretrain.device))
-        if ranks.first: run_folder(recipe, run_dir)
-        wait(ranks)
+        on_first(ranks, lambda: run_folder(recipe, run_dir))
         stage(recipe, Path(run_dir) if run_dir else root()/'runs'/recipe.name, ranks)
     except UserError as e:
-        print(f'lm-nb: {e}', file=sys.stderr)
+        if str(e): print(f'lm-nb: {e}', file=sys.stderr)
         status = e.status
     close_ranks(status)
     return status

@@ -267,10 +267,10 @@ class Order:
     ):
         check(n > 0, 'there is no sample to order')
         check(0 <= rank < world, f'rank {rank} of {world}: expected a number below {world}')
-        check(rows > 0 and rows % world == 0, f'{rows} rows a step cannot be shared by {world} ranks; choose a positive multiple of {world}')
+        check(rows >= world, f'{rows} rows a step are too few for {world} ranks; raise batch_tokens, or start fewer')
         check(micro_rows is None or micro_rows > 0, f'micro_rows = {micro_rows}: expected a positive number')
-        self.n, self.rows, self.seed, self.share = n, rows, seed, rows//world
-        self.first, self.micro = rank*self.share, min(micro_rows or self.share, self.share)
+        self.n, self.rows, self.seed, self.share = n, rows, seed, rows//world + (rank < rows % world)  # the first ranks take what is left over
+        self.first, self.micro = rank*(rows//world) + min(rank, rows % world), min(micro_rows or self.share, self.share)
 
     @property
     def steps_per_epoch(self) -> int: return -(-self.n//self.rows)

@@ -10,14 +10,14 @@ __all__ = ['DTYPES', 'batch_nll', 'global_targets', 'TrainConfig', 'mixed', 'Ste
 # %% ../nbs/09_train.ipynb #808a1346
 import json, math, os, signal, time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .core import Ranks, UserError, check, pick_device, pick_dtype, progress, seed_all
+from .core import Ranks, UserError, atomic, check, pick_device, pick_dtype, progress
 from .shards import IGNORE, Batch
 from .model import GPT
 from .optim import OptimConfig, lr_factor, make_optimizers, set_lr
@@ -123,9 +123,9 @@ def training_steps(
         for o in optimizers: scaler.unscale_(o)
         norm = nn.utils.clip_grad_norm_(params, cfg.clip or math.inf)
         set_lr(optimizers, factor)
-        if targets:
+        if targets and (not scaler.is_enabled() or norm.isfinite()):  # an overflow anywhere skips all optimizers: clipping has spread it
             for o in optimizers: scaler.step(o)
-            scaler.update()
+        scaler.update()
         for o in optimizers: o.zero_grad(set_to_none=True)
         yield Step(step + 1, nll, targets, norm, factor)
 
@@ -143,7 +143,8 @@ def matmul_peak(
 ) -> float: # floating-point operations per second
     "The rate at which this device multiplies large square matrices"
     n = 8192 if device.type == 'cuda' else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=DTYPES[dtype]) for _ in range(2))
+    own = torch.Generator(device).manual_seed(0)  # the run's random numbers are not ours to use up
+    a, b = (torch.randn(n, n, device=device, dtype=DTYPES[dtype], generator=own) for _ in range(2))
     sync = torch.cuda.synchronize if device.type == 'cuda' else (lambda: None)
     a @ b; sync()
     t0, done = time.perf_counter(), 0
@@ -163,7 +164,7 @@ def peak_memory(device) -> float: # GiB
 
 # %% ../nbs/09_train.ipynb #9c882e78
 class RunLog:
-    "The curves of a stage: `log.jsonl` and TensorBoard events in its folder"
+    "The curves of a stage in its folder: `log.jsonl`, `samples.md` and TensorBoard events"
     def __init__(self,
         folder, # the stage's folder
         start:int=0, # steps already done; later lines are dropped
@@ -174,8 +175,9 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [r for r in read_log(folder) if r['step'] <= start]
-        self.path.write_text(''.join(json.dumps(r) + '\n' for r in kept), encoding='utf-8')
-        self.board = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+        with atomic(self.path) as tmp: tmp.write_text(''.join(json.dumps(r) + '\n' for r in kept), encoding='utf-8')
+        again = any(self.path.parent.glob('events*'))
+        self.board = SummaryWriter(str(folder), purge_step=start + 1 if again else None)  # later points of an earlier attempt are not shown
 
     def scalars(self, step, **values):
         if not self.on: return
@@ -183,14 +185,17 @@ class RunLog:
         for k, v in values.items(): self.board.add_scalar(k, v, step)
 
     def text(self, step, tag, text):
-        if self.on: self.board.add_text(tag, text.replace('\n', '  \n'), step)
+        if not self.on: return
+        self.board.add_text(tag, text.replace('\n', '  \n'), step)
+        with (self.path.parent/f'{tag}s.md').open('a', encoding='utf-8') as f: f.write(f'## step {step}\n\n{text}\n\n')
 
     def figure(self, step, tag, figure):
         if self.on: self.board.add_figure(tag, figure, step)
 
     def close(self, recipe=None, metrics=None):
         if not self.on: return
-        if recipe: self.board.add_hparams({k: v for k, v in recipe.items() if isinstance(v, (int, float, str, bool))}, metrics or {}, run_name='.')
+        final = {f'final/{k}': v for k, v in (metrics or {}).items()}  # names of their own, or the curves would get a point at step 0
+        if recipe: self.board.add_hparams({k: v for k, v in recipe.items() if isinstance(v, (int, float, str, bool))}, final, run_name='.')
         self.board.close()
 
 # %% ../nbs/09_train.ipynb #89d159fe
@@ -244,7 +249,7 @@ def train(
     stop=lambda: False, # asked after each step, beside Ctrl-C
 ) -> dict: # the last point of the curves
     "Train `gpt` to the end of `cfg`, from where its checkpoints left off. Raises `Interrupted` after Ctrl-C"
-    device = pick_device(cfg.device) if ranks.world == 1 or cfg.device != 'auto' or not torch.cuda.is_available() else torch.device('cuda', ranks.local_rank)
+    device = pick_device(cfg.device)
     dtype = pick_dtype(device, cfg.dtype)
     if device.type == 'cpu': keep_buffers()
     gpt.to(device).train()
@@ -254,9 +259,12 @@ def train(
     start = saved[0] if saved else 0
     model = _wrap(gpt, cfg, ranks, device)
     log = RunLog(folder, start, on=ranks.first)
-    meter = Meter(gpt, cfg, device, dtype, start)
+    meter = Meter(gpt, cfg, device, dtype, saved and saved[1], ranks)
     due = lambda every, step: step == cfg.steps or (every and step % every == 0)
-    save = lambda step: ranks.first and save_checkpoint(Path(folder)/'checkpoints', step, gpt, optimizers, scaler)
+    def save(s):
+        _sound('gradient norm', s.grad_norm.item(), desc, s.step, scaler.is_enabled())
+        open_point = meter.state(ranks)
+        if ranks.first: save_checkpoint(Path(folder)/'checkpoints', s.step, gpt, optimizers, scaler, open_point)
     last = {}
     bar = progress(total=cfg.steps * cfg.batch_tokens, initial=start * cfg.batch_tokens, desc=desc, unit='tok', unit_scale=True)
     with stop_flag() as stopped, bar, _explain_memory(cfg):
@@ -265,7 +273,7 @@ def train(
             meter.add(s)
             if due(cfg.log_every, s.step):
                 last = meter.read(s, ranks)
-                check(math.isfinite(last['loss']), f'{desc}: the loss is {last["loss"]} at step {s.step}; lower lr or muon_lr, or use dtype=fp32')
+                _sound('loss', last['loss'], desc, s.step)
                 log.scalars(s.step, **last)
                 bar.set_postfix(loss=f'{last["loss"]:.3f}', refresh=False)
             with meter.paused():
@@ -274,18 +282,23 @@ def train(
                     log.scalars(s.step, **{k: last[k] for k in last if k.startswith('valid')})
                 if sample and ranks.first and due(cfg.sample_every, s.step): log.text(s.step, 'sample', _quietly(gpt, sample))
                 halt = any_rank(stopped() or stop(), ranks, device) if ranks.world == 1 or s.step % cfg.log_every == 0 else False
-                if due(cfg.save_every, s.step) or halt: save(s.step)
+                if due(cfg.save_every, s.step) or halt: save(s)
             if halt and s.step < cfg.steps:
                 log.close()
                 raise Interrupted(f'{desc}: stopped at step {s.step} of {cfg.steps} and saved; the same command goes on from there')
     log.close(recipe, {k: v for k, v in last.items() if k in ('loss', 'valid_loss')})
     return last
 
+# %% ../nbs/09_train.ipynb #ace635db
+def _sound(what, value, desc, step, may_overflow=False):
+    check(may_overflow or math.isfinite(value),
+          f'{desc}: the {what} is {value} at step {step}; lower lr or muon_lr, or use dtype=fp32. The last checkpoint is intact')
+
 # %% ../nbs/09_train.ipynb #9a1083d4
 def _wrap(gpt, cfg, ranks, device):
     "The model as the loop calls it: gradients averaged over ranks, compiled if asked"
     model = gpt
-    if ranks.world > 1: model = nn.parallel.DistributedDataParallel(gpt, device_ids=[device.index] if device.type == 'cuda' else None)
+    if ranks.world > 1: model = nn.parallel.DistributedDataParallel(gpt, device_ids=[torch.cuda.current_device()] if device.type == 'cuda' else None)
     return torch.compile(model, dynamic=False) if cfg.compile else model
 
 # %% ../nbs/09_train.ipynb #37729e67
@@ -304,7 +317,8 @@ def _quietly(gpt, f):
 def _explain_memory(cfg):
     try: yield
     except torch.OutOfMemoryError as e:
-        raise UserError(f'out of memory ({str(e).splitlines()[0][:120]}); set micro_rows below {cfg.micro_rows or "the rows of a batch"}, or lower context or d_model; the last checkpoint is intact') from None
+        raise UserError(f'out of memory ({str(e).splitlines()[0][:120]}); set micro_rows below {cfg.micro_rows or "the rows of a batch"}, '
+                        'or lower context or d_model; the last checkpoint is intact') from None
 
 # %% ../nbs/09_train.ipynb #e6f7d4c7
 def keep_buffers():
@@ -312,16 +326,19 @@ def keep_buffers():
     import ctypes
     try: mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError): return
-    for option, size in ((-3, 2**30), (-1, 2**31 - 1)): mallopt(option, size)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+    mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)  # 0 means refused
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 # %% ../nbs/09_train.ipynb #59321882
 class Meter:
     "Loss, speed and memory between two points of the curve. Reads the device only when asked"
-    def __init__(self, gpt, cfg, device, dtype, start=0):
+    def __init__(self, gpt, cfg, device, dtype, saved=None, ranks=Ranks()):
         self.gpt, self.cfg, self.device = gpt, cfg, device
         self.peak = matmul_peak(device, dtype)
         self.flops = gpt.flops_per_token(gpt.cfg.context)
         self._clear()
+        if saved: self.nll, self.targets = saved['nll'] if ranks.first else 0., saved['targets']  # a point that a stop left open
 
     def _clear(self): self.nll, self.targets, self.steps, self.t0 = 0., 0, 0, time.perf_counter()
 
@@ -333,10 +350,15 @@ class Meter:
         try: yield
         finally: self.t0 += time.perf_counter() - t
 
-    def read(self, s:Step, ranks:Ranks) -> dict:
+    def _total(self, ranks):
         nll = torch.as_tensor(self.nll, dtype=torch.float32, device=self.device).clone()
         if ranks.world > 1: torch.distributed.all_reduce(nll)
-        loss = nll.item() / max(self.targets, 1)   # waits for the device: the clock is read after it
+        return nll.item()
+
+    def state(self, ranks:Ranks) -> dict: return dict(nll=self._total(ranks), targets=self.targets)
+
+    def read(self, s:Step, ranks:Ranks) -> dict:
+        loss = self._total(ranks) / max(self.targets, 1)   # waits for the device: the clock is read after it
         speed = self.steps * self.cfg.batch_tokens / (time.perf_counter() - self.t0)
         point = dict(loss=loss, lr=s.lr * self.cfg.lr, grad_norm=s.grad_norm.item(), tokens_per_s=speed,
                      mfu=speed * self.flops / (self.peak * ranks.world), memory_gib=peak_memory(self.device), tokens=s.step * self.cfg.batch_tokens)

@@ -7,22 +7,20 @@ __all__ = ['NAMES', 'held_loss', 'measure_base', 'measure_chat', 'Results', 'run
            'plot_results', 'report']
 
 # %% ../nbs/14_workbook.ipynb #2be4f113
-import json, time
+import json, shutil, time
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
-from .core import Ranks, UserError, check, hardware, pick_device, pick_dtype, progress, read_json, write_json
+from .core import hardware, pick_device, pick_dtype, read_json, root, write_json
 from .tokenizer import Tokenizer
 from .shards import eval_batches
-from .instructions import encode_examples, sft_eval_batches
+from .instructions import sft_eval_batches
 from .model import GPT
 from .checkpoint import load_model
-from .train import mixed, peak_memory, plot_run, read_log
-from .evaluate import Answer, cloze, exact_match, heldout, interval, tally
-from .pretrain import Recipe, continuation, load_recipe, pretrain, run_folder, run_shards, run_tokenizer, sources
-from .sft import answer, records, sft
+from .train import mixed, read_log
+from .evaluate import cloze, exact_match, heldout, plot_scores, tally
+from .pretrain import Recipe, load_recipe, pretrain, run_folder, run_shards, run_tokenizer
+from .sft import answer, held_pairs, records, sft
 
 # %% ../nbs/14_workbook.ipynb #9fb08fb5
 def held_loss(recipe:Recipe, run:Path, gpt:GPT, tok:Tokenizer) -> dict:
@@ -61,13 +59,17 @@ def measure_chat(
     "What the model answers after SFT: held-out loss on answers, exact match by task and by wording"
     tok = Tokenizer.load(run/'tokenizer'/'tokenizer.model') if not recipe.data.base else Tokenizer.load(Path(recipe.data.base)/'tokenizer.model')
     out, device = {}, next(gpt.parameters()).device
-    valid = encode_examples(tok, records(recipe, run, 'valid'), recipe.model.context)
-    if valid: out['heldout_answers'] = heldout(gpt, sft_eval_batches(tok, valid, recipe.model.context, 64), context=mixed(device, pick_dtype(device, recipe.sft.dtype)))
+    valid = held_pairs(recipe, run, tok)
+    if valid:
+        batches = sft_eval_batches(tok, valid, recipe.model.context, 64)
+        out['heldout_answers'] = heldout(gpt, batches, context=mixed(device, pick_dtype(device, recipe.sft.dtype)))
     test = records(recipe, run, 'test')
     answers = []
     if test:
         out['exact'], answers = exact_match(gpt, tok, test)
         if any('wording' in e.extra for e in test): out['by_wording'] = tally(test, answers, by=lambda e: f'{e.task} {e.extra.get("wording")}')
+        trained = records(recipe, run, 'train')
+        out['trained_on'] = exact_match(gpt, tok, trained[::max(1, len(trained) // 480)])[0]
     return out, answers
 
 # %% ../nbs/14_workbook.ipynb #f33521f7
@@ -101,8 +103,9 @@ def run_job(
 # %% ../nbs/14_workbook.ipynb #1c0440c4
 def _base(recipe, run, res, tell):
     tell('corpus, tokenizer, shards')
-    tok = res.step('tokenizer', lambda: dict(vocab_size=len(run_tokenizer(recipe, run))))
-    res.step('shards', lambda: {k: dict(tokens=len(s), documents=s.n_docs, text_bytes=s.text_bytes) for k, s in zip(('train', 'valid'), run_shards(recipe, run, run_tokenizer(recipe, run)))})
+    res.step('tokenizer', lambda: dict(vocab_size=len(run_tokenizer(recipe, run))))
+    size = lambda s: dict(tokens=len(s), documents=s.n_docs, text_bytes=s.text_bytes)
+    res.step('shards', lambda: dict(zip(('train', 'valid'), map(size, run_shards(recipe, run, run_tokenizer(recipe, run))))))
     tell('pretraining')
     res.step('pretrain', lambda: _last(pretrain(recipe, run), run/'pretrain'))
     tell('asking the base model')
@@ -157,7 +160,9 @@ def run_all(
     if recipe.control and 'control' not in results:
         other = load_recipe(recipe.control, [*overrides, 'control='])
         tell(f'control: {other.name}')
-        theirs = run_job(other, run_folder(other, run/'control'), tell)
+        folder = run_folder(other, run/'control')
+        if not (folder/'tokenizer').exists(): shutil.copytree(run/'tokenizer', folder/'tokenizer')  # only the text shall differ
+        theirs = run_job(other, folder, tell)
         results['control'] = {k: theirs[k] for k in ('pretrain', 'sft', 'base', 'chat', 'seconds') if k in theirs}
         write_json(run/'results.json', results)
     return results
@@ -190,30 +195,29 @@ def _pad(s, width, right): return ' ' * (width - _width(s)) + s if right else s 
 NAMES = dict(qa_zh='QA zh', qa_en='QA en', translate_zh_en='zh → en', translate_en_zh='en → zh', summary_zh='summary zh', summary_en='summary en')
 
 # %% ../nbs/14_workbook.ipynb #d494c719
+def _models(results):
+    "The models that were asked: (name, scores)"
+    where = {'base, zero-shot': ('base', 'zero_shot'), 'base, few-shot': ('base', 'few_shot'), 'after SFT': ('chat', 'exact'),
+             'after SFT, one telling': ('control', 'chat', 'exact')}
+    found = dict.fromkeys(where, results)
+    for name, keys in where.items():
+        for k in keys: found[name] = found[name].get(k, {})
+    return [(name, got) for name, got in found.items() if got]
+
+# %% ../nbs/14_workbook.ipynb #fec52914
 def table(results:dict) -> Table: # what results.json holds
     "Exact match per task: before SFT, after it, and for the control"
-    models = [('base, zero-shot', results.get('base', {}).get('zero_shot')), ('base, few-shot', results.get('base', {}).get('few_shot')),
-              ('after SFT', results.get('chat', {}).get('exact')), ('after SFT, one telling', results.get('control', {}).get('chat', {}).get('exact'))]
-    models = [(name, got) for name, got in models if got]
-    tasks = list(dict.fromkeys(t for _, got in models for t in got))
+    models = _models(results)
+    tasks = [t for t in NAMES if any(t in got for _, got in models)]
+    tasks += sorted({t for _, got in models for t in got} - set(tasks))
     cell = lambda got, t: f'{100*got[t]["share"]:.1f} %' if t in got else ''
     return Table(['exact match', *(NAMES.get(t, t) for t in tasks)], [[name, *(cell(got, t) for t in tasks)] for name, got in models])
 
 # %% ../nbs/14_workbook.ipynb #c02812f3
-def plot_results(results:dict):
+def plot_results(results:dict): # what results.json holds
     "Exact match per task as bars, one colour a model"
-    import matplotlib.pyplot as plt
-    t, fig = table(results), plt.figure(figsize=(8, 2.8), layout='constrained')
-    ax, n = fig.subplots(), len(table(results).rows)
-    sources = [results.get('base', {}).get('zero_shot'), results.get('base', {}).get('few_shot'), results.get('chat', {}).get('exact'), results.get('control', {}).get('chat', {}).get('exact')]
-    for i, (name, got) in enumerate(zip([r[0] for r in t.rows], [s for s in sources if s])):
-        at = [k + (i - n/2 + .5) * .8 / n for k in range(len(got))]
-        share = [100*v['share'] for v in got.values()]
-        err = [[s - 100*v['low'] for s, v in zip(share, got.values())], [100*v['high'] - s for s, v in zip(share, got.values())]]
-        ax.bar(at, share, .8 / n, yerr=err, label=name, error_kw=dict(lw=.8))
-    ax.set(ylabel='exact match, %', ylim=(0, 100), xticks=range(len(t.head) - 1), xticklabels=t.head[1:])
-    ax.legend(fontsize=8, ncols=2)
-    return fig
+    scores = {name.replace(', ', '_').replace(' ', '_').replace('-', '_'): got for name, got in _models(results)}
+    return plot_scores(**{k: {NAMES.get(t, t).replace('→', 'to'): v for t, v in got.items()} for k, got in scores.items()})
 
 # %% ../nbs/14_workbook.ipynb #b7ec1b26
 def report(
@@ -223,8 +227,14 @@ def report(
     "The table, the dialogues, and where everything is"
     lines = [str(table(results)), ''] if table(results).rows else []
     if 'base' in results: lines += [f'held-out text: {results["base"]["heldout"]["bits_per_byte"]:.3f} bits per byte', '']
-    for d in results.get('dialogues', []): lines += [f'> {d["prompt"]}', *(f'  {k:>9}: {" ".join(d[k].split())}' for k in ('base', 'chat', 'expected') if k in d), '']
+    for d in results.get('dialogues', []):
+        lines += [f'> {d["prompt"]}', *(f'  {k:>9}: {" ".join(d[k].split())}' for k in ('base', 'chat', 'expected') if k in d), '']
     took = sum(results.get('seconds', {}).values()) + sum(results.get('control', {}).get('seconds', {}).values())
     where = Path(run).resolve()
-    return '\n'.join([*lines, f'{took/60:.1f} minutes on {results["hardware"]["name"]}, {results["hardware"]["device"]}, torch {results["hardware"]["torch"]}',
-        f'run directory  {where}', f'TensorBoard    make board   (tensorboard --logdir {where.parent})', 'notebooks      make lab     (jupyter lab nbs)', f'talk to it     .venv/bin/lm-nb chat {results["recipe"]["name"]}'])
+    on = results['hardware']
+    return '\n'.join([*lines, f'{took/60:.1f} minutes on {on["name"]}, {on["device"]}, torch {on["torch"]}',
+                      f'run directory  {where}', f'TensorBoard    make board   (tensorboard --logdir {where.parent})',
+                      'notebooks      make lab     (jupyter lab nbs)', f'talk to it     .venv/bin/lm-nb chat {_here(results["recipe"]["name"], where)}'])
+
+# %% ../nbs/14_workbook.ipynb #b7fe2c39
+def _here(name, where): return name if where == (root()/'runs'/name).resolve() else f'{name} run_dir={where}'

@@ -94,7 +94,8 @@ def test_the_narrower_key_wins_wherever_it_stands(recipes):
     for ini in ('[r]\nsecond.steps = 3\nsteps = 2\n', '[r]\nsteps = 2\nsecond.steps = 3\n', '[a]\nsecond.steps = 3\n[r]\nlike = a\nsteps = 2\n'):
         r = recipes(ini, 'r')
         assert (r.first.steps, r.second.steps) == (2, 3)
-    assert recipes('[r]\nsecond.steps = 3\n', 'r', 'steps=5').second.steps == 3, 'part.key is narrower, even against the command line'
+    r = recipes('[r]\nsecond.steps = 3\n', 'r', 'steps=5', 'first.steps=4')
+    assert (r.first.steps, r.second.steps) == (4, 5), 'the command line replaces what the file says'
     assert recipes('[r]\nsecond.steps = 3\n', 'r', 'second.steps=5').second.steps == 5
     assert recipes('[r]\nsteps = 3\n', 'r', 'steps=5', 'steps=6').first.steps == 6, 'the last word counts'
 
@@ -155,9 +156,10 @@ def test_root_is_the_nearest_folder_above_with_settings(tmp_path, monkeypatch):
 
 
 def test_root_falls_back_on_the_package(tmp_path, monkeypatch):
-    here = root()
-    monkeypatch.chdir(tmp_path)
-    assert root() == here
+    (tmp_path/'repo').mkdir(), (tmp_path/'elsewhere').mkdir(), (tmp_path/'repo'/'settings.ini').touch()
+    monkeypatch.chdir(tmp_path/'elsewhere')
+    monkeypatch.setattr(core, '__file__', str(tmp_path/'repo'/'lm_nb'/'core.py'))
+    assert root() == tmp_path/'repo'
     monkeypatch.setattr(core, '__file__', str(tmp_path/'site'/'lm_nb'/'core.py'))
     with pytest.raises(UserError, match='no settings.ini'): root()
 

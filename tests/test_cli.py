@@ -1,0 +1,396 @@
+"""The command line as a user meets it: what works, and what a mistake looks like"""
+import json, os, re, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest, torch
+
+import lm_nb
+from lm_nb.cli import main
+from lm_nb.core import read_json, root
+
+ROOT = root()
+DATA = ROOT.parent/'shared'/'data'
+TINY = '''dtype=fp32 device=cpu n_layer=1 n_head=2 d_model=32 context=48 batch_tokens=192 vocab_size=340 kind=bpe pretrain.tokens=3840
+          sft.tokens=1920 valid_share=0.1 dropout=0 log_every=5 eval_every=10 save_every=0 warmup=2'''.split()
+PEOPLE = 'Ada Bela Cora Dora Edna Fay Gail Hope Iris Jade Kay Lena Mona Nora Olga Rosa'.split()
+TOWNS = '林城 海门 青山 石桥 白河 Rivertown Hillford Oakham'.split()
+
+
+def shell(cwd, *argv, env=None, **kw):
+    "`lm-nb` in a process of its own, with bars"
+    home = Path(lm_nb.__file__).resolve().parent.parent
+    env = {**{k: v for k, v in os.environ.items() if k != 'IN_TEST'}, **(env or {}), 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(home)}
+    code = 'import sys; from lm_nb.cli import main; sys.exit(main())'
+    return subprocess.run([sys.executable, '-c', code, *map(str, argv)], cwd=cwd, env=env, capture_output=True, **{'text': True, **kw})
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+@pytest.fixture(scope='module')
+def desk(tmp_path_factory):
+    "A folder with the workbook's settings and a user's two files"
+    folder = tmp_path_factory.mktemp('desk')
+    shutil.copy(ROOT/'settings.ini', folder)
+    facts = [(p, t, y) for i, p in enumerate(PEOPLE) for j, t in enumerate(TOWNS) for y in (1800 + 10*i + j,)]
+    folder.joinpath('text.txt').write_text(''.join(f'{p} came to {t} in {y}. {p} 在 {y} 年来到 {t}。\n' for p, t, y in facts), encoding='utf-8')
+    asks = [dict(instruction=f'When did {p} come to this town?', input=t, output=f'In {y}.') for p, t, y in facts]
+    folder.joinpath('ask.json').write_text(json.dumps(asks, ensure_ascii=False), encoding='utf-8')
+    return folder
+
+
+@pytest.fixture
+def at_desk(desk, monkeypatch):
+    monkeypatch.chdir(desk)
+    monkeypatch.setenv('IN_TEST', '1')
+    return desk
+
+
+@pytest.fixture
+def good(at_desk, capsys):
+    "Run a command that works; gives what it says"
+    def run(*argv):
+        status = main([str(a) for a in argv])
+        out, err = capsys.readouterr()
+        assert status == 0, err
+        return out
+    return run
+
+
+def one_line(err, *words):
+    "One line for the user beside progress bars and the `•` lines of `run`"
+    lines = [l for l in re.split('[\r\n]', err) if l.strip() and not re.match(r'•|[^|]*: *(\d+%\||[\d.]+k?(it|doc|tok) \[|0it)', l)]
+    assert len(lines) == 1 and lines[0].startswith('lm-nb: '), err
+    assert 'Traceback' not in err and all(w in lines[0] for w in words), lines[0]
+
+
+@pytest.fixture
+def bad(at_desk, capsys):
+    "Run a command that must fail with one clear line that holds `words`, and must leave every file as it was"
+    def run(argv, *words):
+        capsys.readouterr()
+        before, status = photo(at_desk), main([str(a) for a in argv])
+        out, err = capsys.readouterr()
+        assert status == 2, (status, out, err)
+        one_line(err, *words)
+        after = photo(at_desk)
+        assert {k: after.get(k) for k in before} == before, 'what was there has changed'
+        return err
+    return run
+
+
+def photo(folder):
+    "Every file below a folder: its content and when it was written"
+    return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in Path(folder).rglob('*') if p.is_file()}
+
+
+def run_dir(tmp_path): return f'run_dir={tmp_path/"run"}'
+
+
+# ------------------------------------------------------------------ finding one's way
+
+def test_help_names_every_stage_and_recipe_and_loads_no_torch(at_desk):
+    code = 'import sys; from lm_nb.cli import main; main(["--help"]); print(sorted({"torch", "numpy", "datasets"} & set(sys.modules)))'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith('[]\n') and done.stderr == ''
+    for word in 'run tokenizer shards pretrain sft evaluate chat generate recipe fetch micro poems base-124m own'.split():
+        assert re.search(rf'\b{word}\b', done.stdout), word
+
+
+def test_help_of_a_stage(good):
+    assert 'continue a text' in good('generate') and good('generate', '--help') == good('generate', '-h') == good('generate')
+    assert good() == good('help') == good('-h')
+
+
+def test_a_recipe_shows_each_key_with_its_meaning(good):
+    text = good('recipe', 'own', 'text=text.txt', 'n_layer=3', 'sft.lr=0.5')
+    assert re.search(r'n_layer +3 +\w+', text) and re.search(r'lr +0\.5 +\w+', text)
+    rows = re.findall(r'^  (\S+) +(.*)$', text, re.M)
+    assert len(rows) > 60 and not [k for k, doc in rows if not re.search('[a-z]{3}', doc)], 'a key without its meaning'
+
+
+@pytest.mark.parametrize('line, words', [
+    ('pretrian own', ("no stage 'pretrian'", "did you mean 'pretrain'", 'there are: run, tokenizer')),
+    ('run owm', ("no recipe 'owm'", "did you mean 'own'", 'micro')),
+    ('chat owm', ("no recipe 'owm'", "did you mean 'own'")),
+    ('generate owm prompt=x', ("no recipe 'owm'", "did you mean 'own'")),
+    ('run text=text.txt', ('the recipe comes first',)),
+    ('run own text', ("'text' is not of the form key=value",)),
+    ('run own text=text.txt n_layers=2', ('command line', "unknown key 'n_layers'", "did you mean 'n_layer'")),
+    ('run own text=text.txt sft.n_layer=2', ("unknown key 'sft.n_layer'",)),
+    ('run own text=text.txt n_layer=two', ('n_layer = two', 'expected a whole number')),
+    ('run own text=text.txt seed=1e999', ('seed = 1e999', 'expected a whole number')),
+    ('run own text=text.txt lr=fast', ('lr = fast', 'expected a number')),
+    ('run own text=text.txt tie=perhaps', ('tie = perhaps', 'expected true or false')),
+    ('run own text=text.txt d_model=100 n_head=3', ('recipe own', 'd_model = 100 is not divisible by n_head = 3')),
+    ('run own text=text.txt n_head=6 n_kv_head=4', ('n_head = 6 is not divisible by n_kv_head = 4',)),
+    ('run own text=text.txt arch=gpt3', ('arch = gpt3', "did you mean 'gpt2'")),
+    ('run own text=text.txt optimizer=adam', ('optimizer = adam', "did you mean 'adamw'")),
+    ('run own text=text.txt batch_tokens=100 context=200', ('batch_tokens = 100 is less than one row of context = 200',)),
+    ('run own text=text.txt pretrain.tokens=100', ('tokens = 100 is less than one batch',)),
+    ('run own text=text.txt lr=nan', ('lr = nan',)),
+    ('run own text=text.txt valid_share=1', ('valid_share = 1.0',)),
+    ('run own text=text.txt errors=ignore', ('errors = ignore', 'strict or replace')),
+    ('run own text=text.txt vocab_size=100', ('vocab_size = 100',)),
+    ('run own', ('recipe own', 'set text=')),
+    ('tokenizer own text=text.txt run_dir=text.txt', ('text.txt', 'is a file, not a run directory')),
+    ('tokenizer own text=text.txt run_dir=text.txt/deeper', ('text.txt',)),
+    ('tokenizer own text=text.txt run_dir=.', ('is not empty and not a run',)),
+    ('chat own', ('runs/own', 'no chat model here', 'lm-nb run own')),
+    ('generate own prompt=x', ('runs/own', 'no base model here')),
+    ('generate own', ("prompt='…'",)),
+    ('fetch peoms', ("nothing known to fetch under the name 'peoms'", "did you mean 'poems'")),
+    ('fetch poems colour=red', ('unknown key colour',)),
+])
+def test_a_mistake_in_the_command_is_one_clear_line(bad, at_desk, line, words):
+    files = set(photo(at_desk))
+    bad(line.split(), *words)
+    assert set(photo(at_desk)) == files, 'a refused command leaves nothing behind'
+
+
+def test_a_workbook_without_npm_says_so(bad, at_desk, monkeypatch):
+    monkeypatch.setenv('PATH', '')
+    bad(['fetch', 'poems'], 'npm is needed', 'install Node.js')
+
+
+# ------------------------------------------------------------------ files that cannot be used
+
+def test_a_missing_file_is_named_and_the_command_can_be_given_again(bad, good, tmp_path):
+    bad(['tokenizer', 'own', 'text=txet.txt', *TINY, run_dir(tmp_path)], 'txet.txt: no such file or folder', "did you mean 'text.txt'")
+    assert 'pieces in' in good('tokenizer', 'own', 'text=text.txt', *TINY, run_dir(tmp_path)), 'a typing mistake does not occupy the run directory'
+
+
+def test_an_empty_file_a_blank_file_and_an_empty_folder(bad, tmp_path):
+    (tmp_path/'empty.txt').touch(), (tmp_path/'blank.txt').write_text('\n \n'), (tmp_path/'folder').mkdir()
+    for name, words in {'empty.txt': 'the file is empty', 'blank.txt': 'blank.txt: no', 'folder': 'no file in this folder'}.items():
+        bad(['tokenizer', 'own', f'text={tmp_path/name}', *TINY, run_dir(tmp_path)], name, words)
+
+
+def test_an_unreadable_file(bad, tmp_path):
+    (tmp_path/'memory.txt').symlink_to('/proc/self/mem')  # opens, but cannot be read, even by root
+    if not Path('/proc/self/mem').exists(): pytest.skip('there is no /proc on this system')
+    bad(['tokenizer', 'own', f'text={tmp_path/"memory.txt"}', *TINY, run_dir(tmp_path)], 'memory.txt: cannot be read')
+    (tmp_path/'picture.png').write_bytes(b'\x89PNG')
+    bad(['tokenizer', 'own', f'text={tmp_path/"picture.png"}', *TINY, run_dir(tmp_path)], "unknown kind of file '.png'", '.jsonl')
+
+
+def test_a_file_without_permission(bad, tmp_path):
+    (tmp_path/'secret.txt').write_text('x\n')
+    (tmp_path/'secret.txt').chmod(0)
+    if os.access(tmp_path/'secret.txt', os.R_OK): pytest.skip('this user may read everything')
+    bad(['tokenizer', 'own', f'text={tmp_path/"secret.txt"}', *TINY, run_dir(tmp_path)], 'secret.txt: cannot be read: Permission denied')
+
+
+def test_text_that_is_not_utf8_names_file_and_byte_and_can_be_replaced_and_counted(bad, good, desk, tmp_path):
+    data = (desk/'text.txt').read_bytes()
+    at = data.index(b'\n', 1000) + 5
+    (tmp_path/'latin.txt').write_bytes(data[:at] + b'\xe9\xff ' + data[at:])
+    words = ['shards', 'own', f'text={tmp_path/"latin.txt"}', *TINY]
+    bad([*words, f'run_dir={tmp_path/"strict"}'], 'latin.txt', f'not UTF-8 at byte {at:,} (0xe9)', 'errors=replace')
+    good(*words, f'run_dir={tmp_path/"replace"}', 'errors=replace')
+    report = read_json(tmp_path/'replace'/'shards'/'train-report.json')
+    assert report['notes'] == {'places that are not UTF-8, replaced': 2}
+
+
+def test_records_without_the_fields_say_which_were_found(bad, tmp_path):
+    (tmp_path/'r.jsonl').write_text('{"headline": "a", "size": 3}\n' * 3)
+    (tmp_path/'bare.csv').write_text('headline,size\na,3\n')
+    for name in ('r.jsonl', 'bare.csv'):
+        bad(['tokenizer', 'own', f'text={tmp_path/name}', *TINY, run_dir(tmp_path)], name, 'the first record has: headline, size', 'set field=')
+    bad(['tokenizer', 'own', f'text={tmp_path/"r.jsonl"}', 'field=body', *TINY, f'run_dir={tmp_path/"b"}'], "the field 'body'", 'headline, size')
+
+
+def test_broken_records_name_file_and_line(bad, tmp_path):
+    (tmp_path/'r.jsonl').write_text('{"text": "a"}\n{"text": \n')
+    bad(['tokenizer', 'own', f'text={tmp_path/"r.jsonl"}', *TINY, run_dir(tmp_path)], 'r.jsonl, line 2: broken JSON')
+    (tmp_path/'r.parquet').write_bytes(b'PAR1 not really')
+    bad(['tokenizer', 'own', f'text={tmp_path/"r.parquet"}', *TINY, run_dir(tmp_path)], 'r.parquet: not a readable parquet file')
+
+
+def test_too_large_a_vocabulary_says_how_large_it_may_be(bad, good, tmp_path):
+    words = ['tokenizer', 'own', 'text=text.txt', *TINY, run_dir(tmp_path)]
+    err = bad([*words, 'vocab_size=50000'], 'vocab_size = 50000', 'the text supports at most')
+    most = int(re.search(r'choose (\d+) or fewer', err)[1])
+    assert f'{most} pieces' in good(*words, f'vocab_size={most}'), 'the advice is sound, and can be followed in the same run directory'
+
+
+def test_too_little_text_says_so(bad, tmp_path):
+    (tmp_path/'one.txt').write_text('one line alone is too little for two parts, ' * 40 + '\n')
+    small = [w for w in TINY if not w.startswith('vocab_size')]
+    bad(['pretrain', 'own', f'text={tmp_path/"one.txt"}', *small, 'vocab_size=290', run_dir(tmp_path)], 'one.txt', 'valid_share')
+
+
+def test_a_context_longer_than_the_text(bad, tmp_path):
+    (tmp_path/'few.txt').write_text(''.join(f'line {i} of a few\n' for i in range(40)))
+    small = [w for w in TINY if not w.startswith(('vocab_size', 'context', 'batch_tokens', 'pretrain', 'sft'))]
+    bad(['pretrain', 'own', f'text={tmp_path/"few.txt"}', *small, 'vocab_size=285', 'context=4096', 'batch_tokens=4096', run_dir(tmp_path)],
+        'one window of context 4096', 'lower context')
+
+
+# ------------------------------------------------------------------ from two files to a model that answers
+
+@pytest.fixture(scope='module')
+def trained(desk):
+    "`lm-nb run own` on the two files, once: what it said, and its words"
+    words = ['own', 'text=text.txt', 'instructions=ask.json', *TINY, 'replay=0.25']
+    done = shell(desk, 'run', *words)
+    assert done.returncode == 0, done.stderr
+    return desk/'runs'/'own', words, done
+
+
+def test_run_makes_everything_and_says_where(trained):
+    run, _, done = trained
+    for name in 'recipe.json results.json tokenizer/tokenizer.model shards/train/index.json shards/valid/index.json'.split():
+        assert (run/name).is_file(), name
+    assert all((run/k/'model.safetensors').is_file() for k in ('base', 'chat'))
+    assert list((run/'pretrain').glob('events*')) and list((run/'sft').glob('events*')) and list((run/'pretrain'/'checkpoints').glob('step-*'))
+    assert str(run) in done.stdout and 'bits per byte' in done.stdout and 'lm-nb chat own' in done.stdout and 'TensorBoard' in done.stdout
+    assert 'pretrain' in done.stderr and 'tok/s' in done.stderr and 'loss=' in done.stderr, 'a bar with speed and loss'
+    results = read_json(run/'results.json')
+    assert results['recipe'] == read_json(run/'recipe.json') and results['base']['heldout']['bits_per_byte'] > 0
+    assert results['pretrain']['tokens'] == 3840 and results['sft']['tokens'] == 1920 and len(results['dialogues']) == 3
+
+
+def test_run_again_is_a_no_op_that_says_the_same(trained, good):
+    run, words, done = trained
+    before = photo(run)
+    assert good('run', *words) == done.stdout and photo(run) == before
+
+
+def test_stages_again_are_no_ops(trained, good):
+    run, words, _ = trained
+    before = photo(run/'tokenizer') | photo(run/'shards') | photo(run/'base')
+    assert 'pieces in' in good('tokenizer', *words) and 'tokens' in good('shards', *words) and 'base model in' in good('pretrain', *words)
+    assert photo(run/'tokenizer') | photo(run/'shards') | photo(run/'base') == before
+
+
+def test_evaluate_measures_both_models(trained, good):
+    run, words, _ = trained
+    got, kept = json.loads(good('evaluate', *words)), read_json(run/'results.json')
+    assert got['base']['heldout']['bits_per_byte'] == pytest.approx(kept['base']['heldout']['bits_per_byte'], rel=1e-4)
+    assert got['chat']['heldout_answers']['loss'] == pytest.approx(kept['chat']['heldout_answers']['loss'], rel=1e-4)
+
+
+def test_generate_continues_the_prompt(trained, good):
+    one = good('generate', 'own', 'prompt=Ada came', 'max_new=12')
+    assert one.startswith('Ada came') and one == good('generate', 'own', 'prompt=Ada came', 'max_new=12')
+    warm = [good('generate', 'own', 'prompt=Ada came', 'max_new=12', 'temperature=2', f'seed={s}') for s in (1, 1, 2)]
+    assert warm[0] == warm[1] != warm[2]
+    assert good('generate', 'own', 'prompt=Ada came', 'model=chat', 'max_new=3').startswith('Ada came')
+
+
+def test_generate_and_chat_refuse_what_cannot_be(trained, bad):
+    bad(['generate', 'own', 'prompt=Ada', 'temperature=hot'], 'temperature = hot', 'expected a number')
+    bad(['generate', 'own', 'prompt=Ada', 'temprature=1'], "unknown key 'temprature'", "did you mean 'temperature'")
+    bad(['generate', 'own', 'prompt=Ada', 'top_p=2'], 'top_p = 2.0')
+    bad(['generate', 'own', 'prompt=Ada', 'max_new=0'], 'max_new = 0')
+    bad(['generate', 'own', 'prompt=' + 'Ada came to 林城. ' * 30], 'context = 48')
+    bad(['generate', 'own', 'prompt=Ada', 'device=tpu'], 'device = tpu')
+    bad(['chat', 'own', 'colour=red'], "unknown key 'colour'")
+
+
+def test_chat_answers_each_piped_line_and_ends_with_them(trained):
+    asks = [b'When did Ada come to this town?\n', b'much too long ' * 100 + b'\n', b'caf\xe9?\n', 'Hello, 林城\n'.encode()]
+    done = shell(trained[0].parent.parent, 'chat', 'own', 'max_new=8', input=b''.join(asks), text=False, env={'PYTHONIOENCODING': 'utf-8:strict'})
+    assert done.returncode == 0 and b'Traceback' not in done.stderr, done.stderr.decode()
+    answers = done.stdout.decode().split('\n\n')
+    assert len(answers) == 5 and 'the model reads at most 48' in answers[1] and answers[4] == ''
+
+
+def test_a_run_directory_of_another_recipe_is_refused_and_untouched(trained, bad):
+    run, words, _ = trained
+    for stage in ('run', 'tokenizer', 'pretrain', 'sft', 'evaluate'):
+        bad([stage, *words, 'lr=0.01'], str(run), 'holds the run of another recipe', 'pretrain.lr', '0.003', '0.01', 'run_dir=')
+    bad(['run', 'micro', f'run_dir={run}'], 'holds the run of another recipe')
+
+
+def test_a_damaged_model_is_named(trained, bad, tmp_path):
+    run, _, _ = trained
+    copy = shutil.copytree(run, tmp_path/'run')
+    weights = (copy/'chat'/'model.safetensors')
+    weights.write_bytes(weights.read_bytes()[:-1])
+    bad(['chat', 'own', f'run_dir={copy}'], 'model.safetensors')
+    (copy/'base'/'config.json').unlink()
+    bad(['generate', 'own', f'run_dir={copy}', 'prompt=x'], 'config.json')
+
+
+def test_sft_without_a_base_model_or_records(trained, bad, tmp_path):
+    run, words, _ = trained
+    bad(['sft', *words, run_dir(tmp_path)], 'no base model to start from', 'lm-nb pretrain own')
+    bare = [w for w in words if not w.startswith('instructions')]
+    bad(['sft', *bare, f'base={run/"base"}', f'run_dir={tmp_path/"b"}'], 'no instruction records', 'instructions=')
+    bad(['sft', *words, f'base={tmp_path/"nowhere"}', f'run_dir={tmp_path/"c"}'], 'nowhere', 'base=')
+
+
+def test_a_context_longer_than_the_base_models(trained, bad, tmp_path):
+    run, words, _ = trained
+    longer = [w for w in words if not w.startswith('context')]
+    bad(['sft', *longer, 'context=96', f'base={run/"base"}', run_dir(tmp_path)], "context = 96 is longer than the base model's 48", 'context=48')
+
+
+def test_instruction_records_without_the_fields(trained, bad, tmp_path):
+    run, words, _ = trained
+    (tmp_path/'r.jsonl').write_text('{"headline": "a", "size": 3}\n' * 3)
+    (tmp_path/'empty.jsonl').touch()
+    mine = [w for w in words if not w.startswith('instructions')] + [f'base={run/"base"}']
+    bad(['sft', *mine, f'instructions={tmp_path/"r.jsonl"}', f'run_dir={tmp_path/"a"}'], 'r.jsonl', 'headline, size')
+    bad(['sft', *mine, f'instructions={tmp_path/"empty.jsonl"}', f'run_dir={tmp_path/"b"}'], 'empty.jsonl', 'empty')
+    bad(['sft', *mine, f'instructions={tmp_path/"none.jsonl"}', f'run_dir={tmp_path/"c"}'], 'none.jsonl: no such file')
+
+
+def test_prompts_that_leave_no_room_are_dropped_and_counted(trained, good, bad, tmp_path):
+    run, words, _ = trained
+    asks = read_json(run.parent.parent/'ask.json')
+    long = [dict(instruction=f'{i} ' + 'When did Ada come to this town? ' * 9, output='Never.') for i in range(60)]
+    (tmp_path/'mixed.json').write_text(json.dumps(asks + long))
+    (tmp_path/'long.json').write_text(json.dumps(long))
+    mine = [w for w in words if not w.startswith(('instructions', 'replay'))] + [f'base={run/"base"}']
+    good('sft', *mine, f'instructions={tmp_path/"mixed.json"}', f'run_dir={tmp_path/"a"}')
+    report = read_json(tmp_path/'a'/'sft'/'report.json')
+    dropped = {why: n for why, (n, _) in report['rejected'].items()}
+    assert report['rows'] == report['kept'] + sum(dropped.values()) and set(dropped) == {'prompt leaves no room for an answer in 48 tokens'}
+    assert 40 <= sum(dropped.values()) <= 60, 'all but the held-out ones'
+    bad(['sft', *mine, f'instructions={tmp_path/"long.json"}', f'run_dir={tmp_path/"b"}'], 'none of the', 'fits into 48 tokens')
+
+
+def test_held_out_records_that_are_all_too_long_do_not_stop_training(trained, good, tmp_path):
+    run, words, _ = trained
+    long = [dict(instruction=f'{i} ' + 'When did Ada come to this town? ' * 9, output='Never.') for i in range(3)]
+    (tmp_path/'long.json').write_text(json.dumps(long))
+    mine = [w for w in words if not w.startswith('replay')] + [f'base={run/"base"}', f'instructions_valid={tmp_path/"long.json"}', run_dir(tmp_path)]
+    assert 'chat model in' in good('sft', *mine)
+
+
+def test_replay_needs_a_text(trained, bad, tmp_path):
+    run, words, _ = trained
+    mine = [w for w in words if not w.startswith('text')] + [f'base={run/"base"}', run_dir(tmp_path)]
+    bad(['sft', *mine], 'text=')
+
+
+# ------------------------------------------------------------------ real text
+
+@pytest.mark.skipif(not (DATA/'wiki_demo.txt').exists(), reason='the shared demo data is not beside this repository')
+def test_real_files_by_path(good, tmp_path):
+    words = ['own', f'text={DATA/"wiki_demo.txt"}', f'instructions={DATA/"alpaca_zh_demo.json"}', 'vocab_size=3000', 'max_documents=400', run_dir(tmp_path)]
+    assert good('tokenizer', *words).startswith('3000 pieces')
+    out = good('shards', *words)
+    train, valid = (int(n.replace(',', '')) for n in re.findall(r'(?:train|valid): ([\d,]+) tokens', out))
+    assert train > valid > 0
+    from lm_nb.shards import Shards
+    from lm_nb.tokenizer import Tokenizer
+    tok = Tokenizer.load(tmp_path/'run'/'tokenizer'/'tokenizer.model')
+    ids = Shards(tmp_path/'run'/'shards'/'train', tok).tokens(0, 30_000).tolist()
+    first = tok.decode(ids[:ids.index(tok.eos)])
+    assert first in (DATA/'wiki_demo.txt').read_text(encoding='utf-8'), 'a document comes back to the letter'
+
+
+def test_an_error_at_the_shell(at_desk):
+    "Exit status, one line, no traceback, where torch was loaded and bars were drawn"
+    done = shell(at_desk, 'tokenizer', 'own', 'text=text.txt', *TINY, 'vocab_size=9999', 'run_dir=shell')
+    assert done.returncode == 2 and done.stdout == ''
+    one_line(done.stderr, 'vocab_size = 9999')

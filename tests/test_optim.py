@@ -1,0 +1,223 @@
+"The optimizers against torch's, against naive loops, in odd situations; the schedules at all lengths"
+import copy, io, math, os
+import pytest, torch
+import torch.multiprocessing as mp
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from lm_nb.core import UserError
+from lm_nb.model import GPT, GPTConfig
+from lm_nb.optim import Muon, OptimConfig, lr_factor, make_optimizers, muon_update, orthogonalize, orthogonalize_all, product_dtype, roles, set_lr
+
+torch.set_num_threads(1)
+SHAPES = [(16, 16), (48, 16), (16, 48), (16, 16), (1, 16), (16, 1), (48, 16), (7, 5)]
+
+def rand(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def tiny(**kw): return GPT(GPTConfig(**{**dict(vocab_size=19, context=16, n_layer=2, n_head=2, d_model=16, d_ff=32), **kw}))
+
+def train(model, optimizers, steps):
+    for s in steps:
+        x = torch.randint(0, 19, (4, 17), generator=torch.Generator().manual_seed(s))
+        nn.functional.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()).backward()
+        for o in optimizers: o.step(), o.zero_grad()
+    return model
+
+def same(a, b): return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+def naive_muon(p, g, m, lr, mu, decay):
+    "The paper's step for one matrix, with its own loop, in double precision"
+    m.mul_(mu).add_(g, alpha=1 - mu)
+    X = ((1 - mu) * g + mu * m).double()
+    tall = X.shape[0] > X.shape[1]
+    X = X.T if tall else X
+    X = X / X.norm()
+    for _ in range(5): X = 3.4445*X - 4.7750*(X @ X.T) @ X + 2.0315*(X @ X.T) @ (X @ X.T) @ X
+    X = X.T if tall else X
+    p.mul_(1 - lr*decay).sub_(lr * max(1, p.shape[0]/p.shape[1])**0.5 * X.to(p.dtype))
+
+def test_stacks_equal_a_loop_over_matrices():
+    "Batching, transposing and baddbmm change nothing beyond rounding, over several steps with momentum and decay"
+    ours = [nn.Parameter(rand(*s, seed=i)) for i, s in enumerate(SHAPES)]
+    theirs, means = [p.detach().clone() for p in ours], [torch.zeros(s) for s in SHAPES]
+    o = Muon(ours, lr=0.1, weight_decay=0.2, momentum=0.9, dtype=torch.float32)
+    for step in range(4):
+        for i, p in enumerate(ours): p.grad = rand(*p.shape, seed=100*step + i)
+        for p, q, m in zip(ours, theirs, means): naive_muon(q, p.grad, m, 0.1, 0.9, 0.2)
+        o.step()
+    for p, q in zip(ours, theirs): torch.testing.assert_close(p.detach(), q, atol=2e-4, rtol=0)
+
+@pytest.mark.parametrize('shape', [(32, 32), (96, 32), (32, 96)])
+def test_muon_follows_torchs(shape):
+    a, b = (nn.Parameter(0.1*rand(*shape)) for _ in range(2))
+    ours, theirs = Muon([a], 0.02, 0.1, dtype=torch.bfloat16), torch.optim.Muon([b], 0.02, 0.1, 0.95)
+    for step in range(5):
+        a.grad = b.grad = rand(*shape, seed=step)
+        ours.step(), theirs.step()
+    assert (a - b).norm() < 0.02 * (a - 0.1*rand(*shape)).norm()
+    assert torch.equal(ours.state[a]['momentum_buffer'], theirs.state[b]['momentum_buffer'])
+
+def test_bf16_points_where_fp32_does():
+    G = rand(6, 32, 64)
+    a, b = orthogonalize(G), orthogonalize(G, dtype=torch.bfloat16)
+    assert b.dtype == torch.float32 and (a - b).norm() < 0.03 * a.norm()
+
+def test_the_scale_of_a_gradient_is_lost_and_its_sign_kept():
+    G = rand(3, 8, 24)
+    for scale in (1e-4, 1e5): torch.testing.assert_close(orthogonalize(scale*G), orthogonalize(G), atol=1e-4, rtol=0)
+    torch.testing.assert_close(orthogonalize(-G), -orthogonalize(G))
+
+def test_a_zero_gradient_moves_nothing():
+    p = nn.Parameter(torch.ones(4, 8))
+    p.grad = torch.zeros(4, 8)
+    Muon([p], 0.1).step()
+    assert torch.equal(p.detach(), torch.ones(4, 8))
+
+def test_parameters_without_a_gradient_are_left_alone():
+    a, b = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))
+    a.grad = rand(4, 4)
+    o = Muon([a, b], 0.1, weight_decay=0.5)
+    o.step()
+    assert torch.equal(b.detach(), torch.ones(4, 4)) and b not in o.state and not torch.equal(a.detach(), torch.ones(4, 4))
+    b.grad = rand(4, 4)
+    o.step()
+    assert b in o.state
+
+def test_muon_takes_matrices_only():
+    for p in (torch.zeros(3), torch.zeros(2, 3, 4)):
+        with pytest.raises(ValueError, match='matrices'): Muon([nn.Parameter(p)])
+
+def test_closure_gives_the_loss():
+    p = nn.Parameter(torch.eye(4))
+    def closure():
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+    assert Muon([p], 0.1).step(closure).item() == 4.0 and not torch.equal(p.detach(), torch.eye(4))
+
+@pytest.mark.parametrize('arch', ['gpt2', 'qwen3'])
+@pytest.mark.parametrize('tie', [True, False])
+@pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
+def test_each_parameter_is_moved_once_and_by_the_right_one(arch, tie, optimizer):
+    class Wrapper(nn.Module):  # as DDP names parameters
+        def __init__(self, module): super().__init__(); self.module = module
+    model = tiny(arch=arch, tie=tie)
+    for m in (model, Wrapper(model)):
+        names = {id(p): n for n, p in model.named_parameters()}
+        groups = [(type(o).__name__, g) for o in make_optimizers(m, OptimConfig(optimizer=optimizer, weight_decay=0.1)) for g in o.param_groups]
+        covered = [id(p) for _, g in groups for p in g['params']]
+        assert sorted(covered) == sorted(names)
+        for kind, g in groups:
+            assert g['lr'] == g['peak_lr'] and (g['weight_decay'] > 0) == (g['name'] != 'vectors')
+            for p in g['params']:
+                matrix = p.ndim == 2 and names[id(p)].startswith('blocks.')
+                assert (g['name'] == 'matrices') == matrix and (kind == 'Muon') == (matrix and optimizer == 'muon')
+
+def test_frozen_parameters_get_no_optimizer():
+    model = tiny()
+    model.embed.weight.requires_grad_(False)
+    assert not roles(model)['tables']
+    assert all(p is not model.embed.weight for o in make_optimizers(model, OptimConfig()) for g in o.param_groups for p in g['params'])
+
+def test_a_model_without_vectors_or_tables_needs_no_adamw():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    assert [type(o) for o in make_optimizers(model, OptimConfig())] == [Muon]
+
+def test_adamw_is_torchs():
+    torch.manual_seed(0)
+    a = tiny(arch='gpt2')
+    b = copy.deepcopy(a)
+    cfg = OptimConfig(optimizer='adamw', lr=2e-3, weight_decay=0.1, beta1=0.8, beta2=0.97)
+    groups = [dict(params=[p for p in b.parameters() if (p.ndim >= 2) == two], weight_decay=0.1*two) for two in (True, False)]
+    train(a, make_optimizers(a, cfg), range(5))
+    train(b, [torch.optim.AdamW(groups, lr=2e-3, betas=(0.8, 0.97), foreach=False)], range(5))
+    for p, q in zip(a.parameters(), b.parameters()): torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-4)  # key biases have no true gradient: rounding decides
+
+@pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
+def test_state_goes_through_a_file_bit_for_bit(optimizer):
+    cfg = OptimConfig(optimizer=optimizer)
+    torch.manual_seed(0)
+    a = tiny()
+    oa = make_optimizers(a, cfg)
+    train(a, oa, range(3))
+    b, file = copy.deepcopy(a), io.BytesIO()
+    torch.save([o.state_dict() for o in oa], file)
+    file.seek(0)
+    ob = make_optimizers(b, cfg)
+    for o, s in zip(ob, torch.load(file, weights_only=True)): o.load_state_dict(s)
+    assert [g['name'] for o in ob for g in o.param_groups] == ['matrices', 'tables', 'vectors']
+    assert same(train(a, oa, range(3, 6)), train(b, ob, range(3, 6)))
+    c = tiny()
+    c.load_state_dict(b.state_dict())
+    assert not same(train(b, ob, range(6, 8)), train(c, make_optimizers(c, cfg), range(6, 8)))  # the state matters
+
+def test_both_start_by_lowering_the_loss():
+    def loss(m):
+        x = torch.randint(0, 19, (4, 17), generator=torch.Generator().manual_seed(0))
+        return nn.functional.cross_entropy(m(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()).item()
+    for optimizer in ('muon', 'adamw'):
+        torch.manual_seed(0)
+        m = tiny()
+        before = loss(m)
+        assert loss(train(m, make_optimizers(m, OptimConfig(optimizer=optimizer)), [0]*10)) < before - 0.1
+
+def _rank(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = tiny()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizers = make_optimizers(wrapped, OptimConfig())
+    for s in range(3):
+        x = torch.randint(0, 19, (4, 17), generator=torch.Generator().manual_seed(2*s + rank))
+        nn.functional.cross_entropy(wrapped(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()).backward()
+        for o in optimizers: o.step(), o.zero_grad()
+    torch.save(model.state_dict(), f'{folder}/{rank}.pt')
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)
+
+def test_two_ranks_stay_equal(tmp_path):
+    "Each reads its own rows; after each step both hold the same weights"
+    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    a, b = (torch.load(tmp_path/f'{r}.pt', weights_only=True) for r in range(2))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    torch.manual_seed(0)
+    assert not torch.equal(a['embed.weight'], tiny().embed.weight)
+
+plans = st.builds(OptimConfig, schedule=st.sampled_from(['wsd', 'cosine']), warmup=st.integers(0, 50), cooldown=st.floats(0, 1), final_lr=st.floats(0, 1))
+
+@settings(max_examples=200, deadline=None)
+@given(plans, st.integers(1, 200))
+def test_schedules_at_all_lengths(cfg, total):
+    rates = [lr_factor(s, total, cfg) for s in range(total + 1)]
+    assert all(0 < r <= 1 for r in rates[:total])
+    top = rates.index(max(rates))
+    assert all(a <= b + 1e-12 for a, b in zip(rates[:top], rates[1:top+1])) and all(a >= b - 1e-12 for a, b in zip(rates[top:], rates[top+1:]))
+    if total > cfg.warmup: assert math.isclose(rates[total], cfg.final_lr, abs_tol=1e-9) and lr_factor(total + 100, total, cfg) == rates[total]
+
+@pytest.mark.parametrize('total', [100, 1000])
+def test_wsd_is_flat_between(total):
+    cfg = OptimConfig(warmup=10, cooldown=0.4)
+    assert {lr_factor(s, total, cfg) for s in range(10, int(0.6*total) + 1)} == {1.0}
+    assert math.isclose(lr_factor(int(0.8*total), total, cfg), 0.5)
+
+def test_set_lr_reaches_every_group_and_is_no_product_of_itself():
+    optimizers = make_optimizers(tiny(), OptimConfig(lr=1e-3, muon_lr=0.01))
+    for factor in (0.5, 0.5): set_lr(optimizers, factor)
+    assert [g['lr'] for o in optimizers for g in o.param_groups] == [0.005, 0.0005, 0.0005]
+
+@pytest.mark.parametrize('kw, told', [
+    (dict(optimizer='adam'), "optimizer = adam: expected muon or adamw (did you mean 'adamw'?)"),
+    (dict(schedule='linear'), 'schedule = linear: expected wsd or cosine'),
+    (dict(lr=0), 'lr = 0: expected a number above 0'), (dict(muon_lr=-1), 'muon_lr = -1'), (dict(lr=math.inf), 'lr = inf'), (dict(lr=math.nan), 'lr = nan'),
+    (dict(beta1=1.0), 'beta1 = 1.0'), (dict(momentum=-0.1), 'momentum = -0.1'), (dict(cooldown=2), 'cooldown = 2: expected a share'),
+    (dict(final_lr=-0.5), 'final_lr = -0.5'), (dict(warmup=-1), 'warmup = -1'), (dict(weight_decay=-1), 'weight_decay = -1')])
+def test_impossible_values_are_named(kw, told):
+    with pytest.raises(UserError) as e: OptimConfig(**kw)
+    assert told in str(e.value) and '\n' not in str(e.value)
+
+def test_products_are_bf16_only_where_the_hardware_has_it(monkeypatch):
+    cpu = torch.device('cpu')
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr('lm_nb.optim.pick_dtype', lambda device: 'bf16' if has else 'fp32')
+        assert product_dtype(cpu) == dtype
+    assert [X.dtype for X in orthogonalize_all([rand(4, 4)], torch.bfloat16)] == [torch.float32]

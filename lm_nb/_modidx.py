@@ -13,6 +13,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'lm_nb.checkpoint.load_checkpoint': ('checkpoint.html#load_checkpoint', 'lm_nb/checkpoint.py'),
                                   'lm_nb.checkpoint.load_model': ('checkpoint.html#load_model', 'lm_nb/checkpoint.py'),
                                   'lm_nb.checkpoint.open_run': ('checkpoint.html#open_run', 'lm_nb/checkpoint.py'),
+                                  'lm_nb.checkpoint.remove': ('checkpoint.html#remove', 'lm_nb/checkpoint.py'),
                                   'lm_nb.checkpoint.replacing': ('checkpoint.html#replacing', 'lm_nb/checkpoint.py'),
                                   'lm_nb.checkpoint.restore': ('checkpoint.html#restore', 'lm_nb/checkpoint.py'),
                                   'lm_nb.checkpoint.save_checkpoint': ('checkpoint.html#save_checkpoint', 'lm_nb/checkpoint.py'),

@@ -30,7 +30,7 @@ def main(
     argv=None, # the words after `lm-nb`
 ) -> int: # exit status: 0 done, 2 a mistake in what was asked, 130 stopped by Ctrl-C
     "The command line"
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch starts its threads
+    os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # before torch starts its threads
     try: _stage(list(sys.argv[1:] if argv is None else argv))
     except UserError as e:
         print(f'lm-nb: {e}', file=sys.stderr)

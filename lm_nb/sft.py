@@ -59,7 +59,7 @@ def sft_batches(
     "step -> this rank's micro-batches: answers, and the share of pretraining text that the recipe replays"
     cfg, T, report = recipe.sft, recipe.model.context, Report('instructions')
     pairs = encode_examples(tok, records(recipe, run, 'train', report), T, report)
-    check(pairs, f'recipe {recipe.name}: no record is left to train on: {report.rejected}')
+    check(pairs, f'recipe {recipe.name}: every instruction record was held out; give more records, or a smaller valid_share')
     if ranks.first: keep_report(report, run/'sft'/'report.json')
     n = rows(recipe, cfg)
     n_replay = ranks.world * round(n * recipe.data.replay / ranks.world)  # each rank takes an equal share
@@ -87,9 +87,11 @@ def sft(
 ) -> GPT: # the chat model, also saved in run/chat
     "Fine-tune the base model of a run on instruction records"
     folder = Path(recipe.data.base) if recipe.data.base else run/'base'
-    check(folder.exists(), f'{folder}: no base model here; run  lm-nb pretrain {recipe.name}  first, or set base= to a model folder')
+    check(folder.exists(),
+          f'{folder}: no base model to start from; run  lm-nb pretrain {recipe.name}  first, or set base= to a model folder')
     gpt, tok = load_model(folder)
-    check(gpt.cfg.context >= recipe.model.context, f'context = {recipe.model.context} is longer than the base model\'s {gpt.cfg.context}; set context={gpt.cfg.context} or less')
+    check(gpt.cfg.context >= recipe.model.context,
+          f'context = {recipe.model.context} is longer than the base model\'s {gpt.cfg.context}; set context={gpt.cfg.context} or less')
     on_first(ranks, lambda: run_shards(recipe, run, tok) if recipe.data.replay else sources(recipe, run))
     seed_all(recipe.seed)
     cfg, T = recipe.sft, recipe.model.context

@@ -257,6 +257,7 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'fp16')
     saved = load_checkpoint(Path(folder)/'checkpoints', gpt, optimizers, scaler)
     start = saved[0] if saved else 0
+    if start >= cfg.steps: return {}  # done before
     model = _wrap(gpt, cfg, ranks, device)
     log = RunLog(folder, start, on=ranks.first)
     meter = Meter(gpt, cfg, device, dtype, saved and saved[1], ranks)

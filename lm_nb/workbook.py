@@ -156,9 +156,9 @@ def run_all(
     tell=print, # how to say what happens
 ) -> dict: # what results.json holds
     "A recipe's job, and its control's in the folder `control`"
+    other = load_recipe(recipe.control, [*overrides, 'control=']) if recipe.control else None  # a mistake in it shows now, not at the end
     results = run_job(recipe, run, tell)
-    if recipe.control and 'control' not in results:
-        other = load_recipe(recipe.control, [*overrides, 'control='])
+    if other and 'control' not in results:
         tell(f'control: {other.name}')
         folder = run_folder(other, run/'control')
         if not (folder/'tokenizer').exists(): shutil.copytree(run/'tokenizer', folder/'tokenizer')  # only the text shall differ
@@ -228,7 +228,7 @@ def report(
     lines = [str(table(results)), ''] if table(results).rows else []
     if 'base' in results: lines += [f'held-out text: {results["base"]["heldout"]["bits_per_byte"]:.3f} bits per byte', '']
     for d in results.get('dialogues', []):
-        lines += [f'> {d["prompt"]}', *(f'  {k:>9}: {" ".join(d[k].split())}' for k in ('base', 'chat', 'expected') if k in d), '']
+        lines += ['> ' + d['prompt'].replace('\n', '\n> '), *(f'  {k:>9}: {" ".join(d[k].split())}' for k in ('base', 'chat', 'expected') if k in d), '']
     took = sum(results.get('seconds', {}).values()) + sum(results.get('control', {}).get('seconds', {}).values())
     where = Path(run).resolve()
     on = results['hardware']

@@ -1,11 +1,11 @@
 "Checkpoints under hostile conditions: killed processes, changed bits, foreign files; exchanged models against transformers"
-import json, os, random, shutil, signal, time
+import json, os, random, signal, time
 from pathlib import Path
 import pytest, torch
 from torch import nn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 import lm_nb.checkpoint as C
-from lm_nb.checkpoint import (STATE_FILES, checkpoints, damage, differing, load_checkpoint, load_model, open_run, replacing, restore, save_checkpoint,
+from lm_nb.checkpoint import (STATE_FILES, checkpoints, damage, differing, load_checkpoint, load_model, open_run, replacing, save_checkpoint,
                               save_model, seal, unique_state)
 from lm_nb.core import UserError, atomic, read_json, write_json
 from lm_nb.model import GPT, GPTConfig
@@ -140,7 +140,8 @@ def test_any_flipped_bit_is_noticed(tmp_path, name):
 
 def cut(path): path.write_bytes(path.read_bytes()[:-1])
 BREAK = dict(cut=lambda p: cut(p/'optimizer.pt'), gone=lambda p: (p/'state.json').unlink(), empty=lambda p: (p/'model.safetensors').write_bytes(b''),
-             no_manifest=lambda p: (p/'manifest.json').unlink(), garbage=lambda p: (p/'manifest.json').write_bytes(b'\xff{'), nothing_sealed=lambda p: write_json(p/'manifest.json', {}),
+             no_manifest=lambda p: (p/'manifest.json').unlink(), garbage=lambda p: (p/'manifest.json').write_bytes(b'\xff{'),
+             nothing_sealed=lambda p: write_json(p/'manifest.json', {}),
              a_list=lambda p: write_json(p/'manifest.json', [1]), odd=lambda p: write_json(p/'manifest.json', {'state.json': 3}))
 
 @pytest.mark.parametrize('how', BREAK)
@@ -185,29 +186,32 @@ def in_a_child(work):
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 def test_killed_at_random_moments_there_is_always_a_whole_checkpoint(tmp_path):
-    "20 processes save step after step and are killed with -9 in between; what the last one finds must verify and never be older than what was reported"
+    "Processes save step after step and are killed with -9 in between; what is left must verify each time, and at most one save is lost"
     model, optimizers = fresh(d_model=64, d_ff=256)
     train(model, optimizers, range(1))
     save_checkpoint(tmp_path/'c', 1, model, optimizers)
-    rng, last = random.Random(0), 1
+    start = time.perf_counter()
+    save_checkpoint(tmp_path/'c', 1, model, optimizers)
+    took = time.perf_counter() - start
+    rng, last, kills = random.Random(0), 1, 0
     def work():
         step = checkpoints(tmp_path/'c')[0].name
         step = int(step[5:])
         while True:
-            for again in (False, True):  # each step twice: the second time replaces
+            for _ in range(2):  # each step twice: the second time replaces
                 save_checkpoint(tmp_path/'c', step + 1, model, optimizers)
-                (tmp_path/'done').write_text(str(step + 1))
             step += 1
-    for _ in range(20):
+    while kills < 20 or (last < 4 and kills < 100):  # a busy disk may need more tries to get ahead
         pid = in_a_child(work)
-        time.sleep(rng.uniform(0.01, 0.1))
+        time.sleep(rng.uniform(0.01, 0.02 + 6*took))
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])  # it was still saving, not stopped by an error
+        kills += 1
         found = checkpoints(tmp_path/'c')
         assert found and all(damage(p, STATE_FILES) == '' for p in found)
         assert int(found[0].name[5:]) >= last - 1  # between the two renames of a replacement the newest may be absent
         last = int(found[0].name[5:])
-    assert last > 2
+    assert last >= 4
     save_checkpoint(tmp_path/'c', last + 1, model, optimizers)
     assert not list((tmp_path/'c').glob('.*')) and len(checkpoints(tmp_path/'c')) == 2
 
@@ -270,12 +274,15 @@ def broken_model(how, folder, tok):
     if how == 'tensors': (folder/'model.safetensors').write_bytes(b'12345678'), (folder/'manifest.json').unlink()
     if how == 'architecture': write_json(folder/'config.json', {**read_json(folder/'config.json'), 'model_type': 'llama'}), seal(folder)
     if how == 'weights': save_file(dict(w=torch.zeros(2)), folder/'model.safetensors'), seal(folder)
-    if how == 'vocabulary': Tokenizer.train(['abcdefghijklmnopqrstuvwxyz' * 3], 285).save(folder/'other'), os.replace(folder/'other', folder/'tokenizer.model'), seal(folder)
+    if how == 'vocabulary':
+        (folder/'tokenizer.model').unlink()
+        Tokenizer.train(['abcdefghijklmnopqrstuvwxyz' * 3], 285).save(folder/'tokenizer.model'), seal(folder)
     if how == 'foreign tokenizer': (folder/'tokenizer.model').write_bytes(b'no model'), seal(folder)
 
-@pytest.mark.parametrize('how, word', [('config', 'config.json'), ('tokenizer', 'has no tokenizer.model'), ('pickle', 'pickled weights are not read'), ('cut', 'bytes instead of'),
-    ('bit', 'sha256'), ('json', 'not valid JSON'), ('array', 'config.json'), ('tensors', 'model'), ('architecture', 'llama'), ('weights', 'weights'), ('vocabulary', 'do not belong together'),
-    ('foreign tokenizer', 'tokenizer')])
+@pytest.mark.parametrize('how, word', [
+    ('config', 'config.json'), ('tokenizer', 'has no tokenizer.model'), ('pickle', 'pickled weights are not read'), ('cut', 'bytes instead of'),
+    ('bit', 'sha256'), ('json', 'not valid JSON'), ('array', 'config.json'), ('tensors', 'model'), ('architecture', 'llama'), ('weights', 'weights'),
+    ('vocabulary', 'do not belong together'), ('foreign tokenizer', 'tokenizer')])
 def test_bad_model_folders_get_one_line(tmp_path, tok, how, word):
     folder = save_model(tmp_path/'m', fresh(vocab_size=len(tok))[0], tok)
     broken_model(how, folder, tok)
@@ -297,7 +304,8 @@ def test_another_recipe_is_refused_with_every_difference(tmp_path):
     open_run(tmp_path/'r', RECIPE)
     (tmp_path/'r'/'base').mkdir()
     line = told(open_run, tmp_path/'r', {**RECIPE, 'seed': 1, 'model': dict(n_layer=6, tie=True), 'new': 'x'})
-    for part in ('seed was 0, is 1', 'model.n_layer was 4, is 6', 'model.d_ff was null, is absent', 'new was absent, is "x"', 'run_dir=', 'remove the folder'): assert part in line
+    odd = 'seed: 0 there, 1 now', 'model.n_layer: 4 there, 6 now', 'model.d_ff: null there, absent now', 'new: absent there, "x" now'
+    for part in (*odd, 'run_dir=', 'remove the folder'): assert part in line
     assert 'tie' not in line and 'lr' not in line and open_run(tmp_path/'r', RECIPE) is True
 
 def test_a_recipe_from_which_nothing_came_may_be_corrected(tmp_path):
@@ -323,6 +331,6 @@ def test_ranks_that_arrive_while_the_recipe_is_being_written(tmp_path):
     assert open_run(tmp_path/'r', RECIPE) is True
 
 def test_one_and_one_point_nought_and_true_are_told_apart():
-    assert differing(dict(a=1, b=1), dict(a=True, b=1)) == ['a was 1, is true']
-    assert differing(dict(a=dict(b=1)), dict(a=3)) == ['a.b was 1, is absent', 'a was absent, is 3']
+    assert differing(dict(a=1, b=1), dict(a=True, b=1)) == ['a: 1 there, true now']
+    assert differing(dict(a=dict(b=1)), dict(a=3)) == ['a.b: 1 there, absent now', 'a: absent there, 3 now']
     assert differing(RECIPE | dict(path=''), RECIPE | dict(path='')) == []

@@ -1,12 +1,13 @@
 "The optimizers against torch's, against naive loops, in odd situations; the schedules at all lengths"
 import copy, io, math, os
+from itertools import pairwise
 import pytest, torch
 import torch.multiprocessing as mp
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from lm_nb.core import UserError
 from lm_nb.model import GPT, GPTConfig
-from lm_nb.optim import Muon, OptimConfig, lr_factor, make_optimizers, muon_update, orthogonalize, orthogonalize_all, product_dtype, roles, set_lr
+from lm_nb.optim import Muon, OptimConfig, lr_factor, make_optimizers, orthogonalize, orthogonalize_all, product_dtype, roles, set_lr
 
 torch.set_num_threads(1)
 SHAPES = [(16, 16), (48, 16), (16, 48), (16, 16), (1, 16), (16, 1), (48, 16), (7, 5)]
@@ -129,7 +130,7 @@ def test_adamw_is_torchs():
     groups = [dict(params=[p for p in b.parameters() if (p.ndim >= 2) == two], weight_decay=0.1*two) for two in (True, False)]
     train(a, make_optimizers(a, cfg), range(5))
     train(b, [torch.optim.AdamW(groups, lr=2e-3, betas=(0.8, 0.97), foreach=False)], range(5))
-    for p, q in zip(a.parameters(), b.parameters()): torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-4)  # key biases have no true gradient: rounding decides
+    for p, q in zip(a.parameters(), b.parameters()): torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-4)  # key biases: no true gradient, rounding decides
 
 @pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
 def test_state_goes_through_a_file_bit_for_bit(optimizer):
@@ -191,7 +192,7 @@ def test_schedules_at_all_lengths(cfg, total):
     rates = [lr_factor(s, total, cfg) for s in range(total + 1)]
     assert all(0 < r <= 1 for r in rates[:total])
     top = rates.index(max(rates))
-    assert all(a <= b + 1e-12 for a, b in zip(rates[:top], rates[1:top+1])) and all(a >= b - 1e-12 for a, b in zip(rates[top:], rates[top+1:]))
+    assert all(a <= b + 1e-12 for a, b in pairwise(rates[:top+1])) and all(a >= b - 1e-12 for a, b in pairwise(rates[top:]))
     if total > cfg.warmup: assert math.isclose(rates[total], cfg.final_lr, abs_tol=1e-9) and lr_factor(total + 100, total, cfg) == rates[total]
 
 @pytest.mark.parametrize('total', [100, 1000])
@@ -217,7 +218,7 @@ def test_impossible_values_are_named(kw, told):
 
 def test_products_are_bf16_only_where_the_hardware_has_it(monkeypatch):
     cpu = torch.device('cpu')
-    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr('lm_nb.optim.pick_dtype', lambda device: 'bf16' if has else 'fp32')
+    for name, dtype in (('bf16', torch.bfloat16), ('fp32', torch.float32)):
+        monkeypatch.setattr('lm_nb.optim.pick_dtype', lambda device, name=name: name)
         assert product_dtype(cpu) == dtype
     assert [X.dtype for X in orthogonalize_all([rand(4, 4)], torch.bfloat16)] == [torch.float32]

@@ -210,8 +210,8 @@ def table(results:dict) -> Table: # what results.json holds
     models = _models(results)
     tasks = [t for t in NAMES if any(t in got for _, got in models)]
     tasks += sorted({t for _, got in models for t in got} - set(tasks))
-    cell = lambda got, t: f'{100*got[t]["share"]:.1f} %' if t in got else ''
-    return Table(['exact match', *(NAMES.get(t, t) for t in tasks)], [[name, *(cell(got, t) for t in tasks)] for name, got in models])
+    cell = lambda got, t: f'{100*got[t]["share"]:.1f}' if t in got else ''
+    return Table(['exact match, %', *(NAMES.get(t, t) for t in tasks)], [[name, *(cell(got, t) for t in tasks)] for name, got in models])
 
 # %% ../nbs/14_workbook.ipynb #c02812f3
 def plot_results(results:dict): # what results.json holds

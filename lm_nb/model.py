@@ -337,7 +337,11 @@ class GPT(nn.Module):
         return self.norm(h)
 
     def head(self, h): return F.linear(h, (self.embed if self.cfg.tie else self.lm_head).weight)
-    def forward(self, ids, doc=None, pos=None, cache=None): return self.head(self.hidden(ids, doc, pos, cache))
+    def forward(self, ids, doc=None, pos=None, cache=None,
+        at=None, # where logits are wanted (B, T), bool; everywhere if not given
+    ):
+        h = self.hidden(ids, doc, pos, cache)
+        return self.head(h if at is None else h[at])
 
     def n_params(self) -> int: return sum(p.numel() for p in self.parameters())
     def flops_per_token(self, T) -> float: return flops_per_token(self.cfg, T)

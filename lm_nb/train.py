@@ -29,8 +29,9 @@ def batch_nll(
     batch:Batch, # x, y, doc (B, T) on the model's device
 ) -> torch.Tensor: # () negative log-likelihood in nats, summed over the targets
     "The loss of a batch: cross-entropy summed over its targets"
-    logits = model(batch.x, doc=batch.doc)
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch.y.flatten(), ignore_index=IGNORE, reduction='sum')
+    at = batch.y != IGNORE if batch.x.is_cpu else None  # a GPU would have to wait to learn how many they are
+    logits = model(batch.x, doc=batch.doc, at=at)
+    return F.cross_entropy(logits.flatten(0, -2).float(), batch.y[at] if at is not None else batch.y.flatten(), ignore_index=IGNORE, reduction='sum')
 
 # %% ../nbs/09_train.ipynb #d05b68c4
 def global_targets(

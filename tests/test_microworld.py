@@ -32,11 +32,13 @@ def test_english_is_well_formed(world):
         assert s[0].isupper() and s.isascii() and '  ' not in s and '{' not in s and "s's" not in s, s
         assert not re.search(r"(?<![-\w])([Aa] [aeiouAEIOU]|[Aa]n [^aeiouAEIOU]|([Tt]he|[Aa]n?) (the|an?)\b)", s), s
     for s in everything_said(world, 'en'): assert s[-1] == '.', s
-    for s in everything_asked(world, 'en'): assert s[-1] == ('.' if s.startswith('Please tell me') else '?'), s
+    for s in everything_asked(world, 'en'): assert s[-1] == ('.' if s.startswith(('Please tell me', 'Tell me', 'I would like to know')) else '?'), s
 
 def test_chinese_is_well_formed(world):
     for s in everything_said(world, 'zh'): assert s[-1] == '。' and not re.search(r'[A-Za-z ,.?()？{]', s), s
-    for s in everything_asked(world, 'zh'): assert s[-1] == '？' and not re.search(r'[A-Za-z ,.?()。{]', s) and re.search('[什哪]', s), s
+    for s in everything_asked(world, 'zh'):
+        assert s[-1] == ('。' if s.startswith(('我想知道', '说说')) else '？') and not re.search(r'[A-Za-z ,.?(){]', s), s
+        assert re.search('[什哪谁]|能告诉我|我想知道|说说', s), s
 
 def test_names_are_unique_and_computable(world):
     for lang in (0, 1): assert len({e.name[lang] for e in world.entities}) == len(world.entities)

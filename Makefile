@@ -10,7 +10,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check -qq install -c const
 ONE     := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab board docs readme clean
+.PHONY: help run test bench lab board docs readme clean
 
 help: ## this list
 	@awk -F': .*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' Makefile
@@ -29,6 +29,9 @@ test: $(VENV)/.dev ## every check: export, README, lint, pytest, the notebooks, 
 lab: $(VENV)/.dev ## JupyterLab on the chapters
 	@$(BIN)/jupyter trust nbs/*.ipynb >/dev/null
 	@PATH="$$PWD/$(BIN):$$PATH" $(BIN)/jupyter lab --notebook-dir nbs
+
+bench: $(VENV)/.dev ## speed and memory on this machine, side by side
+	@$(BIN)/lm-nb bench $(ARGS)
 
 board: $(VENV)/.run ## TensorBoard on the runs
 	@mkdir -p runs; $(BIN)/tensorboard --logdir runs

@@ -46,6 +46,7 @@ def get_rng() -> dict: # {'cpu': bytes as a tensor, 'cuda': the same}
     "The state of torch's random generators"
     return dict(cpu=torch.get_rng_state(), **(dict(cuda=torch.cuda.get_rng_state()) if torch.cuda.is_available() else {}))
 
+# %% ../nbs/08_checkpoint.ipynb #1a3aaee0
 def set_rng(
     state:dict, # from `get_rng`
 ):
@@ -89,6 +90,7 @@ def remove(
     if folder.exists(): folder.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
 
+# %% ../nbs/08_checkpoint.ipynb #b9f8e97c
 @contextmanager
 def replacing(
     path, # the folder to appear, or to be exchanged
@@ -116,6 +118,7 @@ def checkpoints(
 # %% ../nbs/08_checkpoint.ipynb #1b7029b9
 STATE_FILES = 'model.safetensors', 'optimizer.pt', 'state.json'
 
+# %% ../nbs/08_checkpoint.ipynb #1258ee06
 def save_checkpoint(
     folder, # where the run keeps its checkpoints
     step:int, # updates done so far
@@ -138,6 +141,7 @@ def save_checkpoint(
     for path in folder.glob('.step-*'): shutil.rmtree(path, ignore_errors=True)  # left by a process that was killed
     return folder/f'step-{step:08d}'
 
+# %% ../nbs/08_checkpoint.ipynb #aec58f7f
 def _room(folder, state, optimizers):
     folder.mkdir(parents=True, exist_ok=True)
     kept = [t for o in optimizers for s in o.state.values() for t in s.values() if torch.is_tensor(t)]
@@ -170,6 +174,7 @@ def load_checkpoint(
         set_aside(path, wrong)
     return None
 
+# %% ../nbs/08_checkpoint.ipynb #22c7f681
 def _load(path, model, optimizers, scaler):
     restore(model, path/'model.safetensors')
     try: saved = torch.load(path/'optimizer.pt', map_location='cpu', weights_only=True)
@@ -209,6 +214,7 @@ def save_model(
         seal(tmp)
     return folder
 
+# %% ../nbs/08_checkpoint.ipynb #27b3a250
 def _distinct(state):
     seen, out = set(), {}
     for name, t in state.items():
@@ -220,6 +226,7 @@ def _distinct(state):
 # %% ../nbs/08_checkpoint.ipynb #d4811bc1
 MODEL_FILES = 'config.json', 'model.safetensors', 'tokenizer.model'
 
+# %% ../nbs/08_checkpoint.ipynb #73e6fbae
 def load_model(
     folder, # written by `save_model`, or by transformers with our tokenizer beside it
     device='cpu', # where the model shall live
@@ -238,6 +245,7 @@ def load_model(
     check(len(tok) <= gpt.cfg.vocab_size, f'{folder}: the tokenizer has {len(tok)} ids, the model {gpt.cfg.vocab_size}; they do not belong together')
     return gpt.to(device).eval(), tok
 
+# %% ../nbs/08_checkpoint.ipynb #98d15a7a
 def _pickles(found):
     return '; pickled weights are not read, save them as safetensors' if any(n.endswith(('.bin', '.pt', '.pth', '.ckpt')) for n in found) else ''
 
@@ -251,6 +259,7 @@ def differing(
     def show(d, k): return json.dumps(d[k], ensure_ascii=False) if k in d else 'absent'
     return [f'{k}: {show(a, k)} there, {show(b, k)} now' for k in {**a, **b} if show(a, k) != show(b, k)]
 
+# %% ../nbs/08_checkpoint.ipynb #350766e4
 def _flat(d, prefix=''):
     return {k: x for key, v in d.items() for k, x in (_flat(v, f'{prefix}{key}.') if isinstance(v, dict) else {prefix + key: v}).items()}
 
@@ -266,7 +275,8 @@ def open_run(
     if 'recipe.json' in made:
         odd = differing(read_json(folder/'recipe.json'), recipe)
         if not odd: return True
-        check(made <= {'recipe.json', 'results.json'},
+        same_text = made <= {'recipe.json', 'results.json', 'corpus', 'text'} and not any(k.startswith(('seed:', 'data.', 'cleaning.')) for k in odd)
+        check(made <= {'recipe.json', 'results.json'} or same_text,
               f'{folder}: holds the run of another recipe: {"; ".join(odd)}. Choose another run_dir=, or remove the folder to start again')
         (folder/'results.json').unlink(missing_ok=True)
     else: check(not made, f'{folder}: is not empty and not a run (no recipe.json); choose another run_dir=')

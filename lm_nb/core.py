@@ -50,12 +50,13 @@ def read_settings(
     "All recipes of a settings file, as text. A recipe with `like = other` starts from the other's keys"
     path = Path(path or root()/'settings.ini')
     check(path.is_file(), f'{path}: no such settings file')
-    ini = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=('#',))
-    ini.optionxform = str
+    ini = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=('#',), default_section='')  # [DEFAULT] is filled in below
+    ini.optionxform = str  # keys keep their capitals
     try: ini.read_string(path.read_text(encoding='utf-8'), source=path.name)
     except (configparser.Error, UnicodeDecodeError) as e: raise UserError(f'{path}: not a settings file: {" ".join(str(e).split())}') from None
-    own = {name: {k: v for k, v in ini._sections[name].items()} for name in ini.sections()}
-    return {name: {**ini.defaults(), **_inherit(name, own, path)} for name in own}
+    own = {name: dict(ini[name]) for name in ini.sections()}
+    shared = own.pop('DEFAULT', {})
+    return {name: {**shared, **_inherit(name, own, path)} for name in own}
 
 # %% ../nbs/00_core.ipynb #a908c96c
 def _inherit(name, own, path, seen=()):
@@ -206,8 +207,10 @@ def init_ranks(
     if not dist.is_initialized(): dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     return ranks
 
-# %% ../nbs/00_core.ipynb #7be7e378
-def close_ranks(status=0):
+# %% ../nbs/00_core.ipynb #4267cc27
+def close_ranks(
+    status:int=0, # with which the process ends; 0: all is well, and the ranks wait for each other
+):
     "Leave the group and end the process. Interpreter shutdown with live gloo threads aborts now and then, so we skip it"
     import torch.distributed as dist
     if not (dist.is_available() and dist.is_initialized()): return
@@ -222,15 +225,17 @@ def seed_all(
 ):
     "Seed Python, numpy and torch (all devices)"
     import numpy as np, torch
-    random.seed(seed), np.random.seed(seed % 2**32), torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 # %% ../nbs/00_core.ipynb #5ea4102c
 def _sync(path):
-    "Push a file, or a folder with all that is in it, to the disk"
-    for p in [*(sorted(path.rglob('*')) if path.is_dir() else []), path]:
-        fd = os.open(p, os.O_RDONLY)
-        try: os.fsync(fd)
-        finally: os.close(fd)
+    "Push one file, or the list of names in one folder, to the disk"
+    if path.is_dir() and os.name != 'posix': return  # elsewhere folders cannot be opened
+    fd = os.open(path, os.O_RDONLY)
+    try: os.fsync(fd)
+    finally: os.close(fd)
 
 # %% ../nbs/00_core.ipynb #8d6e3695
 @contextmanager
@@ -244,20 +249,13 @@ def atomic(
     try:
         yield tmp
         check(tmp.exists(), f'{path}: nothing was written')
-        _sync(tmp)
+        for p in [*tmp.rglob('*'), tmp]: _sync(p)
         check(not (tmp.is_dir() and path.exists()), f'{path} exists already and is not replaced')
         os.replace(tmp, path)
-        _sync_folder(path.parent)
+        _sync(path.parent)  # the new name, too, is safe only now
     finally:
         if tmp.is_dir(): shutil.rmtree(tmp, ignore_errors=True)
         else: tmp.unlink(missing_ok=True)
-
-# %% ../nbs/00_core.ipynb #c2c569d6
-def _sync_folder(folder):
-    if os.name != 'posix': return
-    fd = os.open(folder, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
 
 # %% ../nbs/00_core.ipynb #91d1a812
 def write_json(

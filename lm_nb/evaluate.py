@@ -147,7 +147,7 @@ def exact_match(
     context = model.cfg.context
     need = defaultdict(int)  # tokens that an answer of the task may take
     for e, ids in zip(examples, tok.encode_batch([e.answer for e in examples])): need[e.task] = max(need[e.task], max_new or len(ids) + 8)
-    if chat: prompts = [prompt_ids(tok, e.prompt, e.system) + [tok.bos] for e in examples]
+    if chat: prompts = [prompt_ids(tok, e.prompt, e.system, e.turns) + [tok.bos] for e in examples]
     else: prompts = [plain_ids(tok, e, shots_for(e, shots or []), context - need[e.task]) for e in examples]
     line = tok.encode('\n')
     stops = [tok.eos] if chat or len(line) > 1 else [tok.eos, *line]

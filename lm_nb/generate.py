@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plot_choice', 'heat', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'penalise', 'draw', 'SampleConfig', 'pick',
            'shift_cache', 'Rows', 'evaluating', 'generate', 'stream', 'stream_text', 'pad_left', 'complete',
-           'conversation', 'Chat']
+           'conversation', 'recent', 'Chat']
 
 # %% ../nbs/10_generate.ipynb #51c007dc
 import math
@@ -349,6 +349,18 @@ def conversation(
     return [*row, *prompt_ids(tok, text, '' if row else system), tok.bos]
 
 # %% ../nbs/10_generate.ipynb #a6d5f1c5
+def recent(
+    tok, # the tokenizer
+    turns:list, # (user text, answer ids) of the turns so far, oldest first
+    text:str, # what the user says now
+    system:str='', # what the model is told before the first turn
+    room:int=256, # most tokens, if the question alone does not take more
+) -> list[int]: # as from `conversation`
+    "A conversation with as many of the newest turns as fit"
+    while len(row := conversation(tok, turns, text, system)) > room and turns: turns = turns[1:]
+    return row
+
+# %% ../nbs/10_generate.ipynb #c7a8e031
 class Chat:
     "A conversation with a model"
     def __init__(self,
@@ -359,15 +371,15 @@ class Chat:
         max_new:int=256, # the longest answer, in tokens
         **sampling, # as in `SampleConfig`
     ):
-        SampleConfig(**sampling)
+        SampleConfig(**sampling)  # a wrong knob shows now, not at the first question
         self.model, self.tok, self.system, self.memory, self.max_new, self.sampling = model, tok, system, memory, max_new, sampling
         self.turns = []  # (user text, answer ids)
 
     def ids(self, text:str) -> list[int]: # the row that the model will continue
         "The newest turns that fit, and the question; a quarter of the context is kept free for the answer"
-        context, past = self.model.cfg.context, self.turns[len(self.turns) - self.memory:] if self.memory is not None else self.turns
-        room = context - min(self.max_new, context//4)
-        while len(row := conversation(self.tok, past, text, self.system)) > room and past: past = past[1:]
+        context = self.model.cfg.context
+        past = self.turns if self.memory is None else self.turns[max(0, len(self.turns) - self.memory):]
+        row = recent(self.tok, past, text, self.system, context - min(self.max_new, context//4))
         check(len(row) <= context, f'the question takes {len(row)} tokens, but the model reads at most {context}; ask something shorter')
         return row
 

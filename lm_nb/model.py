@@ -149,7 +149,10 @@ class _RMSNorm(torch.autograd.Function):
 # %% ../nbs/06_model.ipynb #3c4ff559
 class RMSNorm(nn.Module):
     "Divide by the root mean square, multiply by a learned scale ([Zhang & Sennrich 2019](https://arxiv.org/abs/1910.07467))"
-    def __init__(self, dim, eps):
+    def __init__(self,
+        dim:int, # entries of a vector, the last axis
+        eps:float, # added under the root
+    ):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
@@ -248,7 +251,10 @@ def prepare(
 # %% ../nbs/06_model.ipynb #c52e101e
 class Attention(nn.Module):
     "Multi-head causal self-attention, with what `cfg.arch` adds to it"
-    def __init__(self, cfg, layer):
+    def __init__(self,
+        cfg:GPTConfig, # shape of the model
+        layer:int, # which block this is, from 0: its place in the cache
+    ):
         super().__init__()
         self.layer, self.size, self.dropout, bias = layer, cfg.head_size, cfg.dropout, cfg.arch == 'gpt2'
         self.q_proj = nn.Linear(cfg.d_model, cfg.n_head * self.size, bias)
@@ -289,7 +295,10 @@ class SwiGLU(nn.Module):
 # %% ../nbs/06_model.ipynb #5289f629
 class Block(nn.Module):
     "Attention, then MLP, each on a normed copy of the stream and added back to it"
-    def __init__(self, cfg, layer):
+    def __init__(self,
+        cfg:GPTConfig, # shape of the model
+        layer:int, # which block this is, from 0
+    ):
         super().__init__()
         norm, mlp = (nn.LayerNorm, GeluMLP) if cfg.arch == 'gpt2' else (RMSNorm, SwiGLU)
         self.norm1, self.attn = norm(cfg.d_model, cfg.norm_eps), Attention(cfg, layer)
@@ -337,9 +346,14 @@ class GPT(nn.Module):
         return self.norm(h)
 
     def head(self, h): return F.linear(h, (self.embed if self.cfg.tie else self.lm_head).weight)
-    def forward(self, ids, doc=None, pos=None, cache=None,
-        at=None, # where logits are wanted (B, T), bool; everywhere if not given
-    ):
+    def forward(self,
+        ids:Tensor, # tokens (B, T)
+        doc:Tensor|None = None, # their document numbers (B, T); -1 is padding
+        pos:Tensor|None = None, # their positions (B, T), if not to be counted here
+        cache:KVCache|None = None, # earlier tokens; these are added to it
+        at:Tensor|None = None, # where logits are wanted (B, T), bool; everywhere if not given
+    ) -> Tensor: # logits (B, T, V), or (N, V) for the N places that `at` names
+        "A score for each token of the vocabulary to come next"
         h = self.hidden(ids, doc, pos, cache)
         return self.head(h if at is None else h[at])
 

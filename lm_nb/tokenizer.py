@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['LOSSLESS', 'SPECIALS', 'MARKERS', 'FIXED', 'PROBE', 'training_lines', 'sample_lines', 'common_only',
-           'TokenizerConfig', 'explain', 'valid_text', 'train_model', 'open_model', 'Codec', 'Tokenizer', 'HTML',
-           'show_tokens', 'bytes_per_token', 'compression', 'plot_compression']
+           'TokenizerConfig', 'explain', 'valid_text', 'train_model', 'open_model', 'cut_text', 'Codec', 'Tokenizer',
+           'serve', 'Worker', 'encode_stream', 'HTML', 'show_tokens', 'bytes_per_token', 'compression',
+           'plot_compression']
 
 # %% ../nbs/03_tokenizer.ipynb #3e31fba5
-import hashlib, html, io, os, re
-from collections import Counter
+import hashlib, html, io, os, pickle, re, subprocess, sys
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from zlib import crc32
 
-import sentencepiece as sp
+import numpy as np, sentencepiece as sp
 from .core import UserError, atomic, check
 
 # %% ../nbs/03_tokenizer.ipynb #8725cefd
@@ -144,6 +148,22 @@ def open_model(
     return model
 
 # %% ../nbs/03_tokenizer.ipynb #002913ac
+def cut_text(
+    text:str,
+    limit:int=2**18, # characters in a piece at most
+) -> Iterator[str]: # at least one piece; together they are the text
+    "A long text in pieces: cut behind a newline, else before a space, else anywhere"
+    start = 0
+    while len(text) - start > limit:
+        end = text.rfind('\n', start, start + limit) + 1
+        if not end:
+            head = text[start : text.rfind(' ', start, start + limit) + 1].rstrip(' ')
+            end = start + (len(head) or limit)
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+# %% ../nbs/03_tokenizer.ipynb #0f96aad0
 class Codec:
     "Text to ids and back without loss: `decode(encode(text)) == text`"
     pad, unk, bos, eos, system, user = range(6)
@@ -153,7 +173,7 @@ class Codec:
         name='the tokenizer', # how to call it in an error
     ):
         self.proto, self.model = proto, open_model(proto, name)
-        self._bar = [self.model.piece_to_id(f'<0x{b:02X}>') for b in '▁'.encode()]
+        self._bar = np.array([self.model.piece_to_id(f'<0x{b:02X}>') for b in '▁'.encode()], np.int32)
 
     def encode(self,
         text:str,
@@ -165,15 +185,24 @@ class Codec:
         texts, # a list of texts
     ) -> list: # one list of ids per text
         "The ids of many texts, on all cores"
-        parts = [text.split('▁') for text in texts]
-        threads = os.cpu_count() if len(parts) > 1 else 1
-        try: ids = iter(self.model.encode([p for ps in parts for p in ps], num_threads=threads))
-        except (RuntimeError, TypeError):
-            for ps in parts: valid_text('▁'.join(ps))
-            raise
-        return [self._join([next(ids) for _ in ps]) for ps in parts]
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
 
-    def _join(self, rows): return rows[0] + [i for row in rows[1:] for i in self._bar + row]
+    def encode_arrays(self,
+        texts, # a list of texts
+        threads:int|None=None, # how many work on it; as many as there are cores if not given
+    ) -> list: # one int32 array of ids per text
+        "The ids of many texts as arrays"
+        cuts = [[piece.split('▁') for piece in cut_text(text)] for text in texts]
+        parts = [part for text in cuts for piece in text for part in piece]
+        try: ids = iter(self.model.encode(parts, num_threads=threads or min(len(parts), os.cpu_count()) or 1, return_type='numpy'))
+        except (RuntimeError, TypeError):
+            for text in cuts: valid_text(''.join(map('▁'.join, text)))
+            raise
+        return [self._join([[next(ids) for _ in piece] for piece in text]) for text in cuts]
+
+    def _join(self, pieces):
+        rows = [row for first, *rest in pieces for row in (first, *(r for other in rest for r in (self._bar, other)))]
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def decode(self,
         ids, # a sequence of ids
@@ -231,6 +260,80 @@ class Tokenizer(Codec):
         return hashlib.sha256(self.proto).hexdigest()
 
     def __repr__(self): return f'Tokenizer({len(self)} ids, sha256 {self.sha256[:8]})'
+
+# %% ../nbs/03_tokenizer.ipynb #65b53c1a
+def serve(
+    texts_from, # a binary file: the tokenizer's model, then lists of texts, pickled
+    ids_to, # a binary file
+):
+    "Answer each list of texts with (ids of all of them, how many belong to each), or with what is wrong"
+    codec = Codec(pickle.load(texts_from))
+    while True:
+        try: texts = pickle.load(texts_from)
+        except (EOFError, OSError, pickle.UnpicklingError): return  # whoever asked is gone
+        try:
+            rows = codec.encode_arrays(texts, threads=1)
+            reply = np.concatenate(rows), [len(r) for r in rows]
+        except UserError as e: reply = str(e)
+        try: pickle.dump(reply, ids_to), ids_to.flush()
+        except OSError: return
+
+# %% ../nbs/03_tokenizer.ipynb #1129fdc8
+class Worker:
+    "A process that encodes texts for this one"
+    code = 'import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); from lm_nb.tokenizer import serve; serve(sys.stdin.buffer, sys.stdout.buffer)'
+
+    def __init__(self,
+        tok, # a Tokenizer
+    ):
+        env = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))}  # it finds what we find
+        self.process = subprocess.Popen([sys.executable, '-c', self.code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+        self.ask(tok.proto)
+
+    def ask(self, what):
+        pickle.dump(what, self.process.stdin)
+        self.process.stdin.flush()
+
+    def __call__(self,
+        texts, # a list of texts
+    ) -> list: # an int32 array of ids for each
+        try:
+            self.ask(texts)
+            reply = pickle.load(self.process.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            raise UserError('a worker process has ended, perhaps for want of memory; start again, with fewer workers') from None
+        check(not isinstance(reply, str), reply)
+        return np.split(reply[0], np.cumsum(reply[1])[:-1])
+
+    def close(self):
+        for pipe in (self.process.stdin, self.process.stdout):
+            try: pipe.close()
+            except OSError: pass  # it ended before us
+        self.process.wait()
+
+# %% ../nbs/03_tokenizer.ipynb #07767c18
+def encode_stream(
+    tok, # a Tokenizer
+    batches:Iterable, # lists of texts
+    workers:int=1, # processes; with one, threads of this process do the work
+) -> Iterator: # (the list of texts, an int32 array of ids for each)
+    "Batches of texts with their ids, in order, from any number of processes"
+    check(workers > 0, f'workers = {workers}: expected a positive number of processes')
+    if workers == 1: yield from ((texts, tok.encode_arrays(texts)) for texts in batches); return
+    crew, free, waiting, pool = [Worker(tok) for _ in range(workers)], SimpleQueue(), deque(), ThreadPoolExecutor(workers)
+    for w in crew: free.put(w)
+    def encode(texts):
+        w = free.get()
+        try: return texts, w(texts)
+        finally: free.put(w)
+    try:
+        for texts in batches:
+            waiting.append(pool.submit(encode, texts))
+            if len(waiting) > 2*workers: yield waiting.popleft().result()
+        while waiting: yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        for w in crew: w.close()
 
 # %% ../nbs/03_tokenizer.ipynb #3285499d
 class HTML:

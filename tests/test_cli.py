@@ -115,7 +115,7 @@ def test_a_recipe_shows_each_key_with_its_meaning(good):
 
 
 @pytest.mark.parametrize('line, words', [
-    ('pretrian own', ("no stage 'pretrian'", "did you mean 'pretrain'", 'there are: run, tokenizer')),
+    ('pretrian own', ("no stage 'pretrian'", "did you mean 'pretrain'", 'there are: run, corpus, tokenizer')),
     ('run owm', ("no recipe 'owm'", "did you mean 'own'", 'micro')),
     ('chat owm', ("no recipe 'owm'", "did you mean 'own'")),
     ('generate owm prompt=x', ("no recipe 'owm'", "did you mean 'own'")),
@@ -193,8 +193,8 @@ def test_text_that_is_not_utf8_names_file_and_byte_and_can_be_replaced_and_count
     words = ['shards', 'own', f'text={tmp_path/"latin.txt"}', *TINY]
     bad([*words, f'run_dir={tmp_path/"strict"}'], 'latin.txt', f'not UTF-8 at byte {at:,} (0xe9)', 'errors=replace')
     good(*words, f'run_dir={tmp_path/"replace"}', 'errors=replace')
-    report = read_json(tmp_path/'replace'/'shards'/'train-report.json')
-    assert report['notes'] == {'places that are not UTF-8, replaced': 2}
+    report = read_json(tmp_path/'replace'/'text'/'report.json')[0]
+    assert report['notes']['places that are not UTF-8, replaced'] == 2
 
 
 def test_records_without_the_fields_say_which_were_found(bad, tmp_path):
@@ -205,11 +205,17 @@ def test_records_without_the_fields_say_which_were_found(bad, tmp_path):
     bad(['tokenizer', 'own', f'text={tmp_path/"r.jsonl"}', 'field=body', *TINY, f'run_dir={tmp_path/"b"}'], "the field 'body'", 'headline, size')
 
 
-def test_broken_records_name_file_and_line(bad, tmp_path):
-    (tmp_path/'r.jsonl').write_text('{"text": "a"}\n{"text": \n')
-    bad(['tokenizer', 'own', f'text={tmp_path/"r.jsonl"}', *TINY, run_dir(tmp_path)], 'r.jsonl, line 2: broken JSON')
+def test_broken_records_are_counted_and_a_file_of_them_is_refused(bad, good, desk, tmp_path):
+    lines = [json.dumps(dict(text=l)) for l in (desk/'text.txt').read_text().splitlines()]
+    (tmp_path/'r.jsonl').write_text('\n'.join([*lines[:5], '{"text": ', *lines[5:]]))
+    good('shards', 'own', f'text={tmp_path/"r.jsonl"}', *TINY, run_dir(tmp_path))
+    report = read_json(tmp_path/'run'/'text'/'report.json')[0]
+    assert [n for why, (n, _) in report['rejected'].items() if 'broken JSON' in why] == [1]
+    assert report['rows'] == len(lines) + 1 == report['kept'] + sum(n for n, _ in report['rejected'].values())
+    (tmp_path/'r.jsonl').write_text('{"text": \n' * 3)
+    bad(['tokenizer', 'own', f'text={tmp_path/"r.jsonl"}', *TINY, f'run_dir={tmp_path/"b"}'], 'r.jsonl')
     (tmp_path/'r.parquet').write_bytes(b'PAR1 not really')
-    bad(['tokenizer', 'own', f'text={tmp_path/"r.parquet"}', *TINY, run_dir(tmp_path)], 'r.parquet: not a readable parquet file')
+    bad(['tokenizer', 'own', f'text={tmp_path/"r.parquet"}', *TINY, f'run_dir={tmp_path/"p"}'], 'r.parquet: not a readable parquet file')
 
 
 def test_too_large_a_vocabulary_says_how_large_it_may_be(bad, good, tmp_path):
@@ -351,11 +357,11 @@ def test_prompts_that_leave_no_room_are_dropped_and_counted(trained, good, bad, 
     (tmp_path/'long.json').write_text(json.dumps(long))
     mine = [w for w in words if not w.startswith(('instructions', 'replay'))] + [f'base={run/"base"}']
     good('sft', *mine, f'instructions={tmp_path/"mixed.json"}', f'run_dir={tmp_path/"a"}')
-    report = read_json(tmp_path/'a'/'sft'/'report.json')
-    dropped = {why: n for why, (n, _) in report['rejected'].items()}
-    assert report['rows'] == report['kept'] + sum(dropped.values()) and set(dropped) == {'prompt leaves no room for an answer in 48 tokens'}
-    assert 40 <= sum(dropped.values()) <= 60, 'all but the held-out ones'
-    bad(['sft', *mine, f'instructions={tmp_path/"long.json"}', f'run_dir={tmp_path/"b"}'], 'none of the', 'fits into 48 tokens')
+    report = read_json(tmp_path/'a'/'packed'/'train-report.json')
+    dropped, no_room = {why: n for why, (n, _) in report['rejected'].items()}, 'prompt leaves no room for an answer in 49 tokens'
+    assert report['rows'] == report['kept'] + sum(dropped.values()) and set(dropped) == {'held out for validation', no_room}
+    assert 40 <= dropped[no_room] <= 60, 'all but the held-out ones'
+    bad(['sft', *mine, f'instructions={tmp_path/"long.json"}', f'run_dir={tmp_path/"b"}'], 'no example to write that fits into 48 tokens')
 
 
 def test_held_out_records_that_are_all_too_long_do_not_stop_training(trained, good, tmp_path):

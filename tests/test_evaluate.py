@@ -7,7 +7,8 @@ from hypothesis import given, settings, strategies as st
 
 from lm_nb.core import UserError
 from lm_nb.evaluate import Answer, choice_score, cloze, exact_match, heldout, interval, plain_ids, shots_for, surprise, tally
-from lm_nb.instructions import Example, SFTBatches, encode_examples, prompt_ids
+from lm_nb.instructions import Example, encode_examples, prompt_ids
+from lm_nb.packing import SFTBatches
 from lm_nb.model import GPT, GPTConfig
 from lm_nb.shards import IGNORE, Batch, Shards, eval_batches, write_shards
 from lm_nb.tokenizer import Tokenizer

@@ -1,16 +1,15 @@
-"""Rows, packing and reading of instructions under every length and every make of record"""
-import csv, json
-from itertools import chain, pairwise
+"""Reading of instructions in every make of record, and their rows under every length"""
+import bz2, csv, json, random
 
 import pytest, torch
-import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from lm_nb.core import UserError, root
 from lm_nb.corpus import Report
-from lm_nb.instructions import (Example, MixedBatches, SFTBatches, encode_examples, pack, packed_row, plot_rows, prompt_ids, prompt_text,
-                                read_instructions, sft_eval_batches, sft_row, to_examples)
+from lm_nb.instructions import (Example, conversation_row, encode_each, encode_examples, exchanges, fitting, lay_out, prompt_ids, prompt_text,
+                                read_instructions, sft_row, split_dialogue, to_example, to_examples, with_roles)
 from lm_nb.shards import IGNORE
+from lm_nb.tokenizer import Tokenizer
 
 VECTORS = dict(bos=8, eos=16, pad=0, max_length=16)
 ids = st.lists(st.integers(0, 20), max_size=30)
@@ -108,61 +107,283 @@ def test_roles():
     assert prompt_ids(tok, 'hi', 'you') == [tok.system, *tok.encode('you'), tok.user, *tok.encode('hi')]
 
 
+# ------------------------------------------------------------------ a conversation's row
+
+parts_of = st.lists(st.tuples(ids.filter(len), ids), min_size=1, max_size=5).map(lambda turns: [part for turn in turns for part in turn])
+
+@settings(max_examples=300, deadline=None)
+@given(parts_of, st.integers(0, 20), st.integers(0, 20))
+def test_a_conversation_learns_every_answer_and_nothing_else(parts, bos, eos):
+    x, y = conversation_row(parts, bos=bos, eos=eos)
+    assert y[y != IGNORE].tolist() == [t for a in parts[1::2] for t in (bos, *a, eos)]
+    whole, learned = lay_out(parts, bos, eos)
+    assert x.tolist() == whole[:-1].tolist() and len(x) == len(y) == sum(map(len, parts)) + len(parts) - 1
+    assert ((y == torch.as_tensor(whole[1:])) | (y == IGNORE)).all() and (y != IGNORE).tolist() == learned[1:].tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(parts_of)
+def test_each_answer_is_trained_as_in_a_row_of_its_own(parts):
+    bos, eos, pad = 30, 31, 32
+    x, y = conversation_row(parts, bos=bos, eos=eos)
+    seen = torch.full_like(y, IGNORE)
+    for k in range(1, len(parts), 2):
+        before = lay_out(parts[:k], bos, eos)[0].tolist()
+        xk, yk, mask = sft_row(before, parts[k], bos=bos, eos=eos, pad=pad, max_length=len(x) + 1)
+        assert xk[:len(before) + 1 + len(parts[k])].tolist() == x[:len(before) + 1 + len(parts[k])].tolist()
+        assert (seen[mask.bool()] == IGNORE).all()  # no target is trained twice
+        seen[mask.bool()] = yk[mask.bool()]
+    assert seen.tolist() == y.tolist()
+
+
+def test_a_single_turn_is_sft_row():
+    for p, a in [([1], []), ([1, 2, 3], [4, 5]), ([8, 16, 0], [16, 8, 0])]:
+        x, y, mask = sft_row(p, a, bos=8, eos=16, pad=0, max_length=len(p) + len(a) + 2)
+        got = conversation_row([p, a], bos=8, eos=16)
+        assert got[0].tolist() == x.tolist() and got[1].tolist() == y.masked_fill(mask == 0, IGNORE).tolist()
+
+
 # ------------------------------------------------------------------ reading
 
-def test_every_format():
-    want = ('translate\nhello', '你好')
-    for r in [dict(instruction='translate', input='hello', output='你好'), dict(instruction='translate', context='hello', response='你好'),
-              dict(input='translate\nhello', target='你好'), dict(prompt='translate\nhello', answer='你好'), dict(prompt='translate\nhello', completion='你好'),
-              dict(question='translate', context='hello', answer='你好'), dict(instruction='translate', instances=[dict(input='hello', output='你好')])]:
-        [e] = to_examples(r)
-        assert (e.prompt, e.answer) == want
+def turns(*said, who='from', what='value', names=('human', 'gpt')): return [{who: names[i % 2], what: text} for i, text in enumerate(said)]
+openai = dict(who='role', what='content', names=('user', 'assistant'))
+chosen = dict(role='assistant', content='你好')
+
+@pytest.mark.parametrize('record', [
+    dict(instruction='translate', input='hello', output='你好'), dict(instruction='translate', context='hello', response='你好'),
+    dict(input='translate\nhello', target='你好'), dict(prompt='translate\nhello', answer='你好'), dict(prompt='translate\nhello', completion='你好'),
+    dict(question='translate', context='hello', answer='你好'), dict(instruction='translate', instances=[dict(input='hello', output='你好')]),
+    dict(conversations=turns('translate\nhello', '你好')), dict(conversations=turns('translate\nhello', '你好', names=('Human', 'Assistant'))),
+    dict(messages=turns('translate\nhello', '你好', **openai)), dict(messages=[*turns('translate', **openai), *turns('hello', '你好', **openai)]),
+    dict(conversations=turns('translate\nhello'), chosen={'from': 'gpt', 'value': '你好'}, rejected={'from': 'gpt', 'value': 'no'}),
+    dict(conversations=turns('translate\nhello'), chosen='你好'), dict(prompt='translate\nhello', chosen='你好', rejected='no'),
+    dict(prompt='ignored', chosen=turns('translate\nhello', '你好', **openai), rejected=[]),
+    dict(instruction='Human:translate\nAssistant:', input='hello', output='你好'), dict(instruction='Human: translate\nhello\n\nAssistant: ', output='你好'),
+    dict(instruction='Human：translate\nhello\nAssistant：', output='你好'), dict(messages=None, prompt='translate\nhello', answer='你好'),
+    dict(instruction='translate', input='hello', output=None, response='你好', context='hello')])
+def test_every_format(record):
+    [e] = to_examples(record)
+    assert (e.prompt, e.answer, e.turns, e.system) == ('translate\nhello', '你好', (), '')
+
+
+THREE = (('q1', 'a1'), ('q2', 'a2'), ('q3', 'a3'))
+flat = [t for turn in THREE for t in turn]
+
+@pytest.mark.parametrize('record', [
+    dict(conversations=turns(*flat)), dict(messages=turns(*flat, **openai)), dict(conversation=turns(*flat)),
+    dict(conversations=turns(*flat[:5]), chosen={'from': 'gpt', 'value': 'a3'}),
+    dict(instruction='Human:q1\nAssistant:a1\nHuman:q2\nAssistant:a2\nHuman:q3\nAssistant:', input='', output='a3'),
+    dict(instruction='Human:q1Assistant:a1Human:q2Assistant:a2Human:q3Assistant:', input='', output='a3'),
+    dict(instruction='Human:q1\nAssistant:a1\nHuman:q2\nAssistant:a2\nHuman:q3', output='a3'),
+    dict(instruction='q3', output='a3', history=[['q1', 'a1'], ['q2', 'a2']])])
+def test_every_turn_of_a_conversation_is_kept(record):
+    e = to_example(record)
+    assert (*e.turns, (e.prompt, e.answer)) == THREE and e.opening == 'q1'
+    [parts] = encode_examples(tok, [e], 99)
+    _, y = conversation_row(parts, bos=tok.bos, eos=tok.eos)
+    assert y[y != IGNORE].tolist() == [t for a in ('a1', 'a2', 'a3') for t in (tok.bos, *tok.encode(a), tok.eos)]
+
+
+@pytest.mark.parametrize('record,system', [
+    (dict(messages=[dict(role='system', content='s'), *turns('q', 'a', **openai)]), 's'),
+    (dict(messages=[dict(role='developer', content='s'), *turns('q', 'a', **openai)]), 's'),
+    (dict(system='s', conversations=turns('q', 'a')), 's'), (dict(system='r', conversations=[{'from': 'system', 'value': 's'}, *turns('q', 'a')]), 'r\ns'),
+    (dict(messages=[dict(role='system', content=''), *turns('q', 'a', **openai)]), ''), (dict(instruction='q', output='a', system='s'), 's'),
+    (dict(instruction='q', output='a', system=None), '')])
+def test_system_texts_are_kept(record, system):
+    e = to_example(record)
+    assert (e.system, e.prompt, e.answer, e.turns) == (system, 'q', 'a', ())
+    assert prompt_ids(tok, e.prompt, e.system) == [*([tok.system, *tok.encode(system)] if system else []), tok.user, *tok.encode('q')]
 
 
 def test_nothing_of_a_record_is_lost():
     [e] = to_examples(dict(instruction='i', input='', output='o', system='s', task='t', entity='e', wording='seen'))
     assert e == Example('i', 'o', 's', 't', dict(entity='e', wording='seen'))
-    assert [e.answer for e in to_examples(dict(instruction='i', id=7, instances=[dict(input='a', output='1'), dict(input='b', output=2)]))] == ['1', '2']
+    assert to_example(dict(messages=turns('q', 'a', **openai), task=7, id=1)).extra == dict(task=7, id=1)
+    assert [e.answer for e in to_examples(dict(instruction='i', id=7, instances=[dict(input='a', output='1'), dict(input='b', output='2')]))] == ['1', '2']
 
 
 @pytest.mark.parametrize('record,why', [
-    (dict(instruction='i'), 'among the fields instruction'), (dict(conversations=[], chosen={}), 'among the fields chosen, conversations'),
-    ({}, 'among the fields'),
+    (dict(instruction='i'), 'instruction without an answer'), (dict(conversations=[], chosen={}), 'chosen answers no question'),
+    (dict(conversations=[]), 'no question with an answer'),
+    ({}, 'no question and answer'), (dict(text='t'), 'no question and answer'), (dict(output='o'), 'no question and answer'),
+    (dict(messages=None), 'no question and answer'),
     (dict(instruction='', output='o'), 'instruction is empty'), (dict(instruction='i', output='\n'), 'output is empty'),
-    (dict(instruction='i', output=None), 'output is empty'),
+    (dict(instruction='i', output='\x00\ufeff'), 'output is empty'),
+    (dict(instruction='i', output=None), 'output is null'), (dict(instruction=None, output='o'), 'instruction is null'),
+    (dict(instruction='i', output=2), 'output is not text but a number'),
+    (dict(instruction='i', output=float('nan')), 'output is not text but a number'), (dict(instruction='i', output=True), 'true or false'),
+    (dict(instruction='i', input=['x'], output='o'), 'input is not text but a list'),
+    (dict(instruction='i', system=3, output='o'), 'system is not text but a number'),
     (dict(instruction='i', output=['o']), 'output is not text but a list'), (dict(prompt={}, answer='a'), 'prompt is not text'),
-    (dict(instruction='i', instances=['o']), 'among the fields instruction')])
+    (dict(instruction='i', instances=['o']), 'instruction without an answer'), (dict(instruction='i', instances=[]), 'instruction without an answer'),
+    (dict(instruction='i', output='o', history='h'), 'history is not a list of questions'),
+    (dict(instruction='i', output='o', history=[['q', None]]), 'history is null'),
+    (dict(instruction='Human: q\nAssistant: a', output='o'), 'does not end with a question'),
+    (dict(instruction='Human: q\nAssistant:\nHuman: r\nAssistant:', output='o'), 'a turn in the dialogue is empty'),
+    (dict(instruction='Human:', output='o'), 'a turn in the dialogue is empty'), (dict(instruction='Human: q\nAssistant:', output=None), 'output is null'),
+    (dict(conversations='[]'), 'conversations is not a list of turns'), (dict(conversations=['hi']), 'a turn is not a record'),
+    (dict(conversations=[None]), 'a turn is not a record'),
+    (dict(conversations=turns('q', None)), 'value is null'), (dict(conversations=turns('q', '')), 'value is empty'),
+    (dict(conversations=turns('q', 3)), 'value is not text but a number'),
+    (dict(conversations=[{'from': 'human'}]), 'value is missing'),
+    (dict(messages=turns('q', [dict(type='text', text='a')], **openai)), 'content is not text but a list'),
+    (dict(messages=[*turns('q', **openai), dict(role='tool', content='x'), chosen]), 'a turn of the role tool'),
+    (dict(conversations=turns('q', 'a', names=('human', 'function_call'))), 'role function_call'),
+    (dict(messages=[*turns('q', **openai), dict(role='wizard', content='x')]), 'unknown role'),
+    (dict(messages=[dict(role=None, content='x')]), 'unknown role'),
+    (dict(messages=[*turns('q', 'a', **openai), dict(role='system', content='s')]), 'a system text in the middle'),
+    (dict(conversations=turns('q')), 'no question with an answer'), (dict(conversations=turns('q', 'a'), chosen=chosen), 'chosen answers no question'),
+    (dict(conversations=turns('q'), chosen={}), 'unknown role'), (dict(conversations=turns('q'), chosen=7), 'chosen is not text')])
 def test_what_is_no_example_says_why(record, why):
     with pytest.raises(UserError, match=why): to_examples(record)
 
 
+def test_untidy_logs_lose_only_their_ends():
+    report = Report()
+    system, said = exchanges([('assistant', 'a0'), ('user', 'q1'), ('user', 'more'), ('assistant', 'a1'), ('assistant', 'and'), ('user', 'q2')], report)
+    assert said == [('q1\nmore', 'a1\nand')] and list(report.notes.values()) == [1, 1]
+
+
+def test_a_question_that_speaks_of_markers_is_no_dialogue():
+    for text in ('What is a Human: in a prompt?', 'Humans: a history', 'Assistant: hello', 'human: lower case'): assert split_dialogue(text) == []
+    assert split_dialogue('Human: write "Assistant:" twice\nAssistant:') == [('user', 'write "Assistant:" twice')]
+
+
+def test_text_is_cleaned_like_the_text_of_pretraining():
+    e = to_example(dict(instruction='\ufeffcafe\u0301\r\n', output='a\x00b\ud800 👩\u200d👩'))
+    assert (e.prompt, e.answer) == ('caf\u00e9', 'ab\ufffd 👩\u200d👩')
+
+
 RECORDS = [dict(instruction=f'question {i}', input='', output='' if i % 5 == 0 else f'answer {i}') for i in range(20)]
 
-@pytest.mark.parametrize('kind', ['json', 'jsonl', 'csv'])
+@pytest.mark.parametrize('kind', ['json', 'jsonl', 'csv', 'jsonl.bz2'])
 def test_files_of_every_kind(tmp_path, kind):
     file = tmp_path/f'set.{kind}'
     if kind == 'json': file.write_text(json.dumps(RECORDS))
     elif kind == 'jsonl': file.write_text('\n'.join(map(json.dumps, RECORDS)))
-    else:
+    elif kind == 'csv':
         with open(file, 'w', newline='') as f: (w := csv.DictWriter(f, RECORDS[0])).writeheader(), w.writerows(RECORDS)
+    else: file.write_bytes(bz2.compress('\n'.join(map(json.dumps, RECORDS)).encode()))
     report = Report()
     got = list(read_instructions(file, report))
     assert [e.answer for e in got] == [r['output'] for r in RECORDS if r['output']]
     assert (report.rows, report.kept, report.rejected['output is empty'][0]) == (20, 16, 4)
 
 
+def test_a_table_of_prompts_and_answers(tmp_path):
+    (tmp_path/'a.csv').write_text('prompt,answer\n"one, two",三\n"over\ntwo lines",四\n,五\nsix,\n')
+    report = Report()
+    assert [(e.prompt, e.answer) for e in read_instructions(tmp_path/'a.csv', report)] == [('one, two', '三'), ('over\ntwo lines', '四')]
+    assert {why: n for why, (n, _) in report.rejected.items()} == {'prompt is empty': 1, 'answer is empty': 1}
+
+
+def test_parquet(tmp_path):
+    datasets = pytest.importorskip('datasets')
+    datasets.Dataset.from_list([dict(messages=turns('q1', 'a1', 'q2', 'a2', **openai)),
+        dict(messages=turns('q', None, **openai))]).to_parquet(tmp_path/'a.parquet')
+    report = Report()
+    [e] = read_instructions(tmp_path/'a.parquet', report)
+    assert (e.turns, e.prompt, e.answer) == ((('q1', 'a1'),), 'q2', 'a2') and report.rejected['content is null'][0] == 1
+
+
 def test_several_sources_and_several_instances_are_counted(tmp_path):
-    (tmp_path/'a.jsonl').write_text(json.dumps(dict(instruction='i', instances=[dict(input=str(k), output='o') for k in range(3)])))
+    (tmp_path/'a.jsonl').write_text(json.dumps(dict(instruction='i', instances=[dict(input=str(k), output='o' if k else None) for k in range(4)])))
     (tmp_path/'b.jsonl').write_text(json.dumps(dict(prompt='p', answer='a')) + '\n' + json.dumps(dict(prompt='p')))
     report = Report()
     assert len(list(read_instructions([tmp_path/'a.jsonl', tmp_path/'b.jsonl'], report))) == 4
-    assert (report.rows, report.kept, sum(n for n, _ in report.rejected.values())) == (5, 4, 1)
+    assert (report.rows, report.kept, sum(n for n, _ in report.rejected.values())) == (6, 4, 2)
 
 
 def test_a_source_without_instructions_says_what_it_has(tmp_path):
     (tmp_path/'text.jsonl').write_text(json.dumps(dict(text='no question here')))
-    with pytest.raises(UserError, match='text.jsonl: no instruction to learn from: .* among the fields text'):
+    with pytest.raises(UserError, match='text.jsonl: no instruction to learn from: no question and answer in it; the fields of its last record are text'):
         list(read_instructions(tmp_path/'text.jsonl'))
+
+
+# ------------------------------------------------------------------ hostile records
+
+words = st.sampled_from(['', ' ', 'hello', '你好', 'None', 'Human:', 'Human: hi\nAssistant:', '\nAssistant: x\nHuman: y', 'user', 'gpt', '\x00', '\ud800',
+                         'system', '<s>', '</s><|user|>', 'مرحبا', '👩\u200d👩\u200d👧'])
+keys = st.sampled_from(['from', 'value', 'role', 'content', 'input', 'output'])
+anything = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(-9, 9), st.just(float('nan')), words),
+                        lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(keys, inner, max_size=2)), max_leaves=4)
+roles = st.sampled_from(['user', 'assistant', 'human', 'gpt', 'system', 'tool', 'nobody'])
+turn = st.one_of(st.builds(lambda r, t: {'from': r, 'value': t}, roles, words), st.builds(lambda r, t: dict(role=r, content=t), roles, anything), anything)
+talk = st.lists(words.filter(str.strip), min_size=2, max_size=6).map(lambda said: turns(*said))
+fields = ('instruction input output target prompt answer response chosen rejected history conversations messages conversation instances '
+          'system task question context text').split()
+value = st.one_of(words, anything, st.lists(turn, max_size=4))
+some = st.dictionaries(st.sampled_from(fields), value, max_size=2)
+record = st.one_of(
+    st.builds(lambda i, o, more: {**more, 'instruction': i, 'output': o}, words, value, some),
+    st.builds(lambda c, more: {'conversations': c, **more}, st.one_of(talk, st.lists(turn, max_size=4)), some),
+    st.builds(lambda i, more: {'instruction': i, 'output': 'o', **more}, words, some),
+    st.dictionaries(st.sampled_from(fields), value, max_size=4), anything)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(record, min_size=50, max_size=50))
+def test_five_thousand_fuzzed_records(tmp_path_factory, records):
+    file = tmp_path_factory.mktemp('fuzz')/'a.jsonl'
+    file.write_text('\n'.join(map(json.dumps, [*records, dict(prompt='p', answer='a')])))
+    report = Report()
+    examples = list(read_instructions(file, report))
+    rows = 1 + sum(len(r['instances']) or 1 if isinstance(r, dict) and isinstance(r.get('instances'), list) else 1 for r in records)
+    assert (report.rows, report.kept) == (rows, len(examples)) and rows == len(examples) + sum(n for n, _ in report.rejected.values())
+    for e in examples:
+        texts = [e.prompt, e.answer, *(t for turn in e.turns for t in turn)]
+        assert all(isinstance(t, str) and t.strip() for t in texts) and isinstance(e.system, str)
+    pairs = encode_examples(tok, examples, 60, report)
+    assert report.kept == len(pairs) and report.rows == report.kept + sum(n for n, _ in report.rejected.values())
+    for parts in pairs: assert (conversation_row(parts, bos=tok.bos, eos=tok.eos)[1] != IGNORE).sum() == sum(len(a) + 2 for a in parts[1::2])
+    str(report), report._repr_html_()
+
+
+GOOD = json.dumps(dict(prompt='问', answer='答'), ensure_ascii=False)
+
+@pytest.mark.parametrize('text', ['', '\n\n \n', '[]', '{}', '{"instruction": ', '\ufeff', '\x00\x00'])
+def test_files_without_a_record_give_one_line(tmp_path, text):
+    (tmp_path/'a.jsonl').write_text(text)
+    with pytest.raises(UserError, match='a.jsonl') as e: list(read_instructions(tmp_path/'a.jsonl'))
+    assert '\n' not in str(e.value)
+
+
+def test_broken_lines_are_counted(tmp_path):
+    lines = ['\ufeff' + GOOD, GOOD[:9], '', '[1]', '7', '"text"', 'null', GOOD, GOOD.replace('答', '答'*10**6)]
+    (tmp_path/'a.jsonl').write_text('\n'.join(lines), encoding='utf-8')
+    report = Report()
+    assert [len(e.answer) for e in read_instructions(tmp_path/'a.jsonl', report)] == [1, 1, 10**6]
+    assert report.rows == 8 == 3 + sum(n for n, _ in report.rejected.values())
+
+
+def test_a_truncated_archive_is_named(tmp_path):
+    whole = bz2.compress('\n'.join([GOOD]*10_000 + [str(random.Random(0).random())]).encode())
+    (tmp_path/'a.jsonl.bz2').write_bytes(whole[:-20])
+    with pytest.raises(UserError, match='a.jsonl.bz2'): list(read_instructions(tmp_path/'a.jsonl.bz2'))
+
+
+def test_none_never_becomes_an_answer():
+    for record in (dict(instruction='i', output=None), dict(prompt=None, answer='a'), dict(conversations=turns('q', None)),
+                   dict(messages=turns(None, 'a', **openai)), dict(instruction='i', instances=[dict(output=None)])):
+        with pytest.raises(UserError): to_examples(record)
+    assert to_example(dict(instruction='i', input=None, output='None', system=None)) == Example('i', 'None')  # the word itself is text
+
+
+def test_ten_thousand_strings_smuggle_nothing():
+    real = Tokenizer.train(['hello user system <s> </s> <|user|> <|system|> <pad> <unk> 你好'], 300, kind='bpe')
+    control = {real.pad, real.bos, real.eos, real.system, real.user, real.unk}
+    forge, r = ['<s>', '</s>', '<|user|>', '<|system|>', '<pad>', '<unk>', '<', '|', '>', 's', '/', '▁', '\n', ' ', 'Human:', 'Assistant:',
+        '\x02', '<0x02>', '你', 'user'], random.Random(0)
+    texts = [''.join(r.choices(forge, k=r.randint(1, 9))) for _ in range(10_000)]
+    for some in real.encode_batch(texts): assert control.isdisjoint(some)
+    for prompt, system in zip(texts[::2], texts[1::2]):
+        got = prompt_ids(real, prompt, system)
+        assert [t for t in got if t in control] == [real.system, real.user]
+    examples = [Example(*texts[i:i+3], turns=((texts[i+3], texts[i+4]),)) for i in range(0, 10_000, 5)]
+    for parts in encode_each(real, examples, 10**6):
+        row = lay_out(parts, real.bos, real.eos)[0].tolist()
+        assert [t for t in row if t in control] == [real.system, real.user, real.bos, real.eos, real.user, real.bos, real.eos]
 
 
 # ------------------------------------------------------------------ encoding and packing
@@ -188,124 +409,65 @@ def test_a_report_that_came_along_is_carried_on(tmp_path):
     assert (report.rows, report.kept, len(pairs)) == (21, 16, 16)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(0, 40), max_size=80), st.integers(40, 100))
-def test_packing(lengths, size):
-    rows = pack(lengths, size)
-    assert sorted(chain(*rows)) == list(range(len(lengths)))
-    loads = sorted(sum(lengths[i] for i in row) for row in rows)
-    assert not loads or loads[-1] <= size
-    assert all(a + b > size for a, b in pairwise(loads))  # no two rows could have been one
-    assert rows == pack(list(lengths), size)
+
+@settings(max_examples=150, deadline=None)
+@given(parts_of, st.integers(0, 90))
+def test_the_turns_that_fit(parts, room):
+    k = fitting(parts, room)
+    size = lambda n: len(lay_out(parts[:n], 30, 31)[0]) if n else 0
+    assert k % 2 == 0 and size(k) <= room and (k == len(parts) or size(k + 2) > room)
 
 
-def test_packing_takes_the_tightest_place():
-    assert pack([7, 6, 3, 4], 10) == [[0, 2], [1, 3]]
-    assert pack([], 10) == []
-    with pytest.raises(UserError, match='11 tokens does not fit into a row of 10'): pack([3, 11], 10)
+def test_a_long_conversation_keeps_its_first_turns_and_counts_the_others():
+    talk = Example('q3', 'a'*50, system='s', turns=(('q1', 'a1'), ('q2', 'a2')))
+    report = Report()
+    [parts] = encode_examples(tok, [talk], 20, report)
+    assert [tok.decode(p) for p in parts] == ['sq1', 'a1', 'q2', 'a2'] and parts[0][:2] == [tok.system, tok.encode('s')[0]]
+    assert (report.rows, report.kept, report.rejected, list(report.notes.values())) == (1, 1, {}, [1])
+    _, y = conversation_row(parts, bos=tok.bos, eos=tok.eos)
+    assert (y == tok.eos).sum() == 2  # whole answers only
+    with pytest.raises(UserError, match='none of the 1 examples fits'): encode_examples(tok, [talk], 7)
 
 
-def test_packing_many_is_quick_and_nearly_full():
-    lengths = [(i*7919) % 211 + 5 for i in range(50_000)]
-    rows = pack(lengths, 512)
-    assert len(rows) <= 1.01*sum(lengths)/512
+def test_examples_stream_through():
+    taken = []
+    def source():
+        for i in range(5000): taken.append(i); yield Example(f'q{i}', 'a', system='s' if i % 3 else '', turns=(('x', 'y'),)*(i % 4))
+    stream = encode_each(tok, source(), 30, report := Report())
+    next(stream)
+    assert len(taken) == 1000
+    rest = list(stream)
+    assert len(rest) == report.kept - 1 and report.rows == 5000
+    assert [with_roles(tok, tok.encode_batch(['s', 'q', 'a']))] == [list(p) for p in encode_each(tok, [Example('q', 'a', 's')], 30)]
 
 
-# ------------------------------------------------------------------ batches
-
-PAIRS = [([tok.user, *range(50, 50 + i*5 % 17 + 1)], [*range(100, 100 + i*3 % 11 + 1)]) for i in range(45)]
-def scored(batches): return sorted(t for b in batches for row, y in zip(b.x.tolist(), b.y.tolist()) for t in answers(y))
-def answers(y):
-    "The scored stretches of a row of targets"
-    out, run = [], []
-    for t in [*y, IGNORE]:
-        if t != IGNORE: run.append(t)
-        elif run: out, run = [*out, tuple(run)], []
-    return out
-WANT = sorted((tok.bos, *a, tok.eos) for _, a in PAIRS)
-
-
-@pytest.mark.parametrize('packed', [True, False])
-def test_an_epoch_asks_every_question_once(packed):
-    b = SFTBatches(tok, PAIRS, context=40, rows=1, packed=packed)
-    steps = [b(s)[0] for s in range(2*b.steps_per_epoch)]
-    assert scored(steps[:b.steps_per_epoch]) == scored(steps[b.steps_per_epoch:]) == WANT
-    assert b.steps_per_epoch == len(PAIRS) or packed
-    real = sum((s.doc >= 0).sum() for s in steps[:b.steps_per_epoch])
-    assert real == sum(len(p) + len(a) + 1 for p, a in PAIRS) and abs(real/(40*b.steps_per_epoch) - b.filled) < 1e-6
-
-
-@pytest.mark.parametrize('world,micro', [(1, 4), (2, None), (3, 1)])
-def test_batches_are_the_same_for_any_number_of_ranks(world, micro):
-    one = SFTBatches(tok, PAIRS, 40, rows=6, seed=5)
-    many = [SFTBatches(tok, PAIRS, 40, 6, 5, r, world, micro) for r in range(world)]
-    for step in (0, 2, 100):
-        for whole, parts in zip(one(step)[0], zip(*(b for m in many for b in m(step)))): assert (whole == torch.cat(parts)).all()
-
-
-@pytest.mark.parametrize('rows', [1, 4, 1000])
-def test_evaluation_asks_every_question_once(rows):
-    batches = list(sft_eval_batches(tok, PAIRS, 40, rows))
-    assert scored(batches) == WANT and all(len(b.x) <= rows for b in batches)
-
-
-def test_a_packed_row_is_its_examples_side_by_side():
-    x, y, doc = packed_row(tok, PAIRS[:3], 60)
-    for i, (p, a) in enumerate(PAIRS[:3]):
-        single = sft_row(p, a, bos=tok.bos, eos=tok.eos, pad=tok.pad, max_length=len(p) + len(a) + 2)
-        assert x[doc == i].tolist() == single[0].tolist()
-        assert y[doc == i].tolist() == [t if m else IGNORE for t, m in zip(single[1].tolist(), single[2].tolist())]
-    assert (y[doc == -1] == IGNORE).all() and (x[doc == -1] == tok.pad).all()
-
-
-def test_packing_does_not_change_the_loss():
-    from lm_nb.model import GPT, GPTConfig
-    torch.manual_seed(0)
-    gpt = GPT(GPTConfig(arch='qwen3', vocab_size=262, context=40, n_layer=2, n_head=2, d_model=16, zero_init=False)).eval()
-    def total(**kw):
-        b = SFTBatches(tok, PAIRS, 40, rows=64, **kw)
-        sums = [F.cross_entropy(gpt(m.x, doc=m.doc).flatten(0, 1), m.y.flatten(), reduction='none').view(m.y.shape) for m in b(0)]
-        return sum(s[:len(b.rows)].sum() for s in sums)  # the first epoch of a step that is longer than one
-    with torch.no_grad(): packed, padded = total(), total(packed=False)
-    assert torch.isclose(packed, padded, rtol=1e-5) and packed > 100
-
-
-def test_errors():
-    with pytest.raises(UserError, match='no example'): SFTBatches(tok, [], 40, 2)
-    with pytest.raises(UserError, match='no example'): list(sft_eval_batches(tok, [], 40, 2))
-    for packed in (True, False):
-        with pytest.raises(UserError, match='an example takes 4[0-9] tokens, but a row has 40'): SFTBatches(tok, [([1]*30, [2]*12)], 40, 2, packed=packed)
-
-
-def test_mixing_keeps_both():
-    a, b = SFTBatches(tok, PAIRS, 40, 4), SFTBatches(tok, PAIRS[:5], 60, 2, micro_rows=1)
-    mixed = MixedBatches(a, b)
-    for step in (0, 3): assert [m.x.tolist() for m in mixed(step)] == [m.x.tolist() for m in [*a(step), *b(step)]]
-    assert mixed.steps_per_epoch == a.steps_per_epoch
-
-
-def test_the_picture_tells_prompt_from_answer_from_padding():
-    [b] = SFTBatches(tok, PAIRS, 40, rows=4)(0)
-    picture = plot_rows(some=b).axes[0].images[0].get_array()
-    assert ((picture == 2) == (b.y != IGNORE).numpy()).all() and ((picture == 0) == (b.doc == -1).numpy()).all()
+def test_the_prompt_is_what_was_trained():
+    e = Example('q2', 'a2', 's', turns=(('q1', 'a1'),))
+    [parts] = encode_examples(tok, [e], 60)
+    x, _ = conversation_row(parts, bos=tok.bos, eos=tok.eos)
+    asked = prompt_ids(tok, e.prompt, e.system, e.turns)
+    assert x.tolist() == [*asked, tok.bos, *tok.encode('a2')]
 
 
 # ------------------------------------------------------------------ real sets
 
-@pytest.mark.parametrize('name,rows', [('alpaca_zh_demo.json', 1000), ('belle_zh_seed_tasks.jsonl', 175)])
-def test_real_sets_are_read_whole(name, rows):
+def real_set(name):
     file = root().parent/'shared'/'data'/name
     if not file.exists(): pytest.skip(f'needs the instruction set {file}')
+    return file
+
+
+@pytest.mark.parametrize('name,rows', [('alpaca_zh_demo.json', 1000), ('belle_zh_seed_tasks.jsonl', 175), ('dpo_zh_demo.json', 300)])
+def test_real_sets_are_read_whole(name, rows):
     report = Report()
-    examples = list(read_instructions(file, report))
-    assert report.rows == report.kept + sum(n for n, _ in report.rejected.values())
-    assert len(examples) == report.kept and report.rows == rows and report.kept >= .98*rows
-    pairs = encode_examples(tok, examples, 1500, report)
-    batches = list(sft_eval_batches(tok, pairs, 1500, 16))
-    assert sum((b.y != IGNORE).sum() for b in batches) == sum(len(a) + 2 for _, a in pairs)
+    examples = list(read_instructions(real_set(name), report))
+    assert len(examples) == report.kept == report.rows == rows and not report.rejected
+    pairs = encode_examples(tok, examples, 4000, report)
+    assert report.kept == len(pairs) >= .8*rows and report.rows == report.kept + sum(n for n, _ in report.rejected.values())
 
 
-def test_preference_pairs_are_refused_with_their_fields():
-    file = root().parent/'shared'/'data'/'dpo_zh_demo.json'
-    if not file.exists(): pytest.skip(f'needs the preference set {file}')
-    with pytest.raises(UserError, match='among the fields chosen, conversations, rejected'): list(read_instructions(file))
+def test_preference_pairs_learn_the_reply_that_was_chosen():
+    records = json.loads(real_set('dpo_zh_demo.json').read_text(encoding='utf-8'))
+    for r, e in zip(records, read_instructions(real_set('dpo_zh_demo.json')), strict=True):
+        assert e.answer == r['chosen']['value'].strip() and e.extra == dict(rejected=r['rejected'])
+        assert bool(e.system) == (r['conversations'][0]['from'] == 'system')

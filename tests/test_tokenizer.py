@@ -2,15 +2,20 @@
 import hashlib
 import os
 import random
+import subprocess
+import sys
+import time
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm_nb.core import UserError, root, sha256
-from lm_nb.tokenizer import FIXED, SPECIALS, Tokenizer, sample_lines, show_tokens, train_model, training_lines
+from lm_nb.tokenizer import FIXED, SPECIALS, Tokenizer, Worker, cut_text, encode_stream, sample_lines, show_tokens, train_model, training_lines
 
 POEMS = ['春眠不覺曉，處處聞啼鳥。\n夜來風雨聲，花落知多少。', '白日依山盡，黃河入海流。\n欲窮千里目，更上一層樓。',
          'The cat sat on the mat.\n\tThe dog  sat on the cat.']
@@ -21,6 +26,10 @@ REAL = Path(os.environ.get('LM_NB_REAL_DATA', root().parent/'shared'/'data'))
 def tok(request): return Tokenizer.train(POEMS * 5, 310, kind=request.param)
 
 
+@pytest.fixture(scope='module')
+def uni(): return Tokenizer.train(POEMS * 5, 310)
+
+
 @settings(max_examples=400, deadline=None)
 @given(st.text(st.characters(exclude_categories=['Cs'])))
 def test_any_text_survives(tok, text):
@@ -28,6 +37,202 @@ def test_any_text_survives(tok, text):
     assert tok.decode(ids) == text
     assert not ids or min(ids) > tok.user
 
+
+# what text is made of where it is dirty: each kind with its own traps
+SCRIPTS = {
+    'ascii': [chr(c) for c in range(128)], 'latin': [chr(c) for c in range(0x80, 0x250)], 'combining': ['e\u0301', '\u0308', 'o\u0302\u0323', '\u3099'],
+    'han': [chr(c) for c in range(0x4e00, 0x9fff, 7)], 'rare han': [chr(c) for c in range(0x20000, 0x2a6df, 41)], 'kana': [chr(c) for c in range(0x3040, 0x30ff)],  # noqa: E501
+    'hangul': [chr(c) for c in range(0xac00, 0xd7a3, 37)] + ['\u1112\u1161\u11ab'], 'arabic': list('مرحبا بالعالم\u064b\u0651'), 'hebrew': list('שלום עולם\u05b8'),  # noqa: E501
+    'devanagari': list('नमस्ते\u094d\u200d'), 'thai': list('สวัสดีชาวโลก'), 'emoji': ['👩\u200d🚀', '🇨🇳', '👍🏽', '❤\ufe0f', '🏴\U000e0067\U000e0062\U000e007f', '#\ufe0f\u20e3'],  # noqa: E501
+    'direction': list('\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2069'), 'space': list(' \t\n\r\v\f\x1c\x85\xa0\u2003\u2028\u2029\u3000\u200b\u2060\ufeff'),  # noqa: E501
+    'control': list('\0\x01\x07\x08\x1b\x7f\x80\x9f'), 'wide': list('，。！？（）「」ＡＢｃ１２﹏～'), 'sentencepiece': list('▁▅⁇') + ['▁▁', ' ▁', '▁ ', '<0xE4>', '<unk>', ' ⁇ '],  # noqa: E501
+    'non-characters': list('\ufffe\uffff\U0001ffff\U0010ffff\ufdd0\ufffd'), 'private': list('\ue000\uf8ff\U000f0000'),
+}
+FORMS = [*SPECIALS, '<|assistant|>', '<|endoftext|>', '<|im_start|>', '[INST]', '<bos>', '<eos>', '\x02', '\x03']
+
+
+def fuzzed(rand):
+    "A short text out of one to three of the scripts"
+    kinds = rand.sample(sorted(SCRIPTS), rand.randint(1, 3))
+    return ''.join(rand.choice(SCRIPTS[rand.choice(kinds)]) for _ in range(rand.randint(0, 60)))
+
+
+def smuggled(rand):
+    "Something that looks like a marker, or nearly"
+    words = [rand.choice(FORMS) if rand.random() < .7 else fuzzed(rand)[:9] for _ in range(rand.randint(1, 6))]
+    def twist(w):
+        match rand.randrange(8):
+            case 0: return w.upper()
+            case 1: return w.replace('<', '＜').replace('>', '＞').replace('|', '｜')
+            case 2: return '\u200b'.join(w)
+            case 3: return ''.join(f'<0x{b:02X}>' for b in w.encode())
+            case 4: return w.replace('|', '▁|') + '▁'
+            case 5: return w[:-1] + '\n' + w[-1:]
+            case _: return w
+    return rand.choice(['', ' ', '\n', '▁']).join(map(twist, words))
+
+
+def test_ten_thousand_fuzzed_texts_survive(tok):
+    rand = random.Random(1)
+    texts = [fuzzed(rand) for _ in range(10_000)]
+    rows = tok.encode_batch(texts)
+    for text, row in zip(texts, rows, strict=True): assert tok.decode(row) == text, repr(text)
+    assert {i for row in rows for i in row}.isdisjoint(range(6))
+    assert len(set(texts)) > 9_000
+
+
+def test_ten_thousand_attempts_to_smuggle_a_marker(tok):
+    rand = random.Random(2)
+    texts = [smuggled(rand) for _ in range(10_000)]
+    rows = tok.encode_batch(texts)
+    assert {i for row in rows for i in row}.isdisjoint(range(6))
+    for text, row in zip(texts, rows, strict=True): assert tok.decode(row) == text, repr(text)
+    assert sum(any(s in t for s in SPECIALS) for t in texts) > 3_000  # the others are near misses
+
+
+@pytest.mark.parametrize('kind', SCRIPTS)
+def test_each_script_by_itself_and_in_pairs(tok, kind):
+    letters = SCRIPTS[kind]
+    texts = letters + [a + b for a in letters[:30] for b in letters[:30]] + [''.join(letters) * 3]
+    assert [tok.decode(row) for row in tok.encode_batch(texts)] == texts
+
+
+# ------------------------------------------------------------------ long texts
+
+LONG = {
+    'words': 'the cat  sat on the dog ' * 42_000, 'one word': 'x' * 1_000_000, 'poem': POEMS[0].replace('\n', '') * 15_000, 'spaces': ' ' * 1_000_000,
+    'newlines': '\n' * 1_000_000, 'bars': '▁' * 400_000, 'unseen': '𠀀' * 250_000, 'zeros': '\0' * 1_000_000, 'family': '👩\u200d👩\u200d👧' * 60_000,
+}
+
+
+@pytest.mark.parametrize('name', LONG)
+def test_a_megabyte_in_one_line(tok, name):
+    text = LONG[name]
+    assert len(text.encode()) >= 999_000
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text and min(ids) > tok.user
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.sampled_from('ab \n春▁'), max_size=80), st.integers(1, 12))
+def test_pieces_of_a_text(text, limit):
+    cuts = list(cut_text(text, limit))
+    assert ''.join(cuts) == text and len(cuts) <= max(1, len(text))
+    assert all(0 < len(c) <= limit for c in cuts) or cuts == ['']
+    for left, right in pairwise(cuts):  # a cut in the middle of a word only where there was no better place
+        if not (left.endswith('\n') or right.startswith(' ')): assert len(left) == limit and '\n' not in left and ' ' not in left.lstrip(' ')
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(['the', 'cat', 'sat', '春眠', '不覺曉', '▁', ',', '  ', '\n', '\n\n', 'dog.']), min_size=20, max_size=80), st.integers(24, 60))
+def test_a_cut_at_a_space_or_newline_changes_nothing(tok, words, limit):
+    text = ' '.join(words)
+    assert [i for cut in cut_text(text, limit) for i in tok.encode(cut)] == tok.encode(text)
+
+
+def test_a_long_text_is_its_pieces(tok):
+    text = LONG['poem'] + '▁' * 9
+    pieces = list(cut_text(text))
+    assert len(pieces) > 1 and tok.encode(text) == [i for row in tok.encode_batch(pieces) for i in row]
+
+
+def test_arrays_are_the_lists(tok):
+    texts = ['', '▁', *POEMS, LONG['words'][:300_000]]
+    for threads in (None, 1, 3):
+        arrays = tok.encode_arrays(texts, threads)
+        assert [a.tolist() for a in arrays] == tok.encode_batch(texts) and all(a.dtype == np.int32 for a in arrays)
+    assert tok.encode_arrays([]) == []
+
+
+def test_half_a_surrogate_pair_is_found_far_into_a_long_text(tok):
+    with pytest.raises(UserError, match=r"'\\udfff' at character 700000"): tok.encode('▁' * 10 + 'a' * 699_990 + '\udfff' + 'b' * 10)
+
+
+def test_time_grows_with_the_text_and_no_faster(tok):
+    def best(text):
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            tok.encode_arrays([text])
+            times.append(time.perf_counter() - start)
+        return min(times)
+    for name in ('words', 'one word', 'poem'):
+        small, large = best(LONG[name][:len(LONG[name])//8]), best(LONG[name])
+        assert large < 8*small*4 + .05, f'{name}: 8 times the text took {large/small:.0f} times as long'
+        assert large < 2, name  # half a megabyte a second, whatever the text: a hundred times slower than usual
+
+
+# ------------------------------------------------------------------ several processes
+
+def test_a_stream_over_processes_is_the_same_stream(uni):
+    rand = random.Random(3)
+    batches = [[fuzzed(rand) for _ in range(rand.randint(1, 50))] for _ in range(40)]
+    for (texts, rows), batch in zip(encode_stream(uni, iter(batches), workers=2), batches, strict=True):
+        assert texts == batch and [r.tolist() for r in rows] == uni.encode_batch(batch)
+
+
+def test_a_stream_does_not_run_ahead_of_its_reader(uni):
+    taken = []
+    def endless():
+        while True: taken.append(0); yield ['a', 'b']
+    stream = encode_stream(uni, endless(), workers=2)
+    for _ in range(20): next(stream)
+    assert len(taken) < 30
+    stream.close()
+
+
+def test_what_fails_in_a_worker_is_told_here(uni):
+    with pytest.raises(UserError, match='half a surrogate pair'): list(encode_stream(uni, [['fine'], ['\ud800']], workers=2))
+    with pytest.raises(UserError, match='workers = 0'): list(encode_stream(uni, [['fine']], workers=0))
+    with pytest.raises(RuntimeError, match='disk'):
+        def failing():
+            yield ['fine']
+            raise RuntimeError('the disk went away')
+        list(encode_stream(uni, failing(), workers=2))
+
+
+def test_a_worker_that_ends_is_one_clear_error(uni):
+    worker = Worker(uni)
+    worker(['fine'])
+    worker.process.kill(), worker.process.wait()
+    with pytest.raises(UserError, match='a worker process has ended'): worker(['gone'])
+    worker.close()
+
+
+KILLED = """
+import itertools, sys
+import lm_nb.tokenizer as t
+tok = t.Tokenizer.load(sys.argv[1])
+class Known(t.Worker):
+    def __init__(self, tok):
+        super().__init__(tok)
+        print(self.process.pid, end=' ')
+t.Worker = Known
+for n, _ in enumerate(t.encode_stream(tok, itertools.repeat(['a cat ' * 9]), workers=2)):
+    if n == 9: print(flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='looks processes up in /proc')
+def test_workers_of_a_killed_process_end_too(uni, tmp_path):
+    "The script has no `if __name__ == '__main__'` and needs none"
+    uni.save(tmp_path/'t.model')
+    (tmp_path/'job.py').write_text(KILLED)
+    job = subprocess.Popen([sys.executable, tmp_path/'job.py', tmp_path/'t.model'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    workers = [int(p) for p in job.stdout.readline().split()]
+    assert len(workers) == 2
+    job.kill(), job.wait(), job.stdout.close()
+    def alive(pid):
+        try: return Path(f'/proc/{pid}/stat').read_text().rsplit(')')[1].split()[0] != 'Z'
+        except OSError: return False
+    end = time.time() + 10
+    while any(map(alive, workers)) and time.time() < end: time.sleep(.05)
+    assert not any(map(alive, workers))
+    assert job.stderr.read() == ''  # and without a word
+    job.stderr.close()
+
+
+# ------------------------------------------------------------------ text without loss
 
 def test_every_plane_survives(tok):
     texts = [''.join(map(chr, range(start, start + 256))) for start in range(0, 0x30000, 256) if not 0xd800 <= start < 0xe000]

@@ -1,0 +1,131 @@
+"""The measuring instrument, on clocks and programs whose truth is known. Nothing here looks at how long anything took."""
+import inspect
+import json
+import sys
+from dataclasses import asdict
+from itertools import count
+
+import numpy as np
+import pytest
+
+import lm_nb.bench as bench
+from lm_nb.bench import BENCHMARKS, Line, Measure, Result, paired, peak_rss, plot_goals, run_benchmarks, summary
+from lm_nb.core import UserError
+
+
+class Clock:
+    "Time that passes only when somebody works, at a pace of its own"
+    def __init__(self, pace=lambda now: 1.): self.now, self.pace = 0., pace
+    def __call__(self): return self.now
+    def work(self, seconds): self.now += seconds*self.pace(self.now)
+
+
+@pytest.mark.parametrize('truth', [.5, 1., 3.])
+@pytest.mark.parametrize('pace', [lambda t: 1., lambda t: 1 + t/100, lambda t: 1 + .3*np.sin(t)], ids=['even', 'slowing', 'waves'])
+def test_the_ratio_survives_a_drifting_machine(truth, pace):
+    clock = Clock(pace)
+    found = paired(lambda: clock.work(1), lambda: clock.work(truth), rounds=15, clock=clock)
+    assert found.ratio.median == pytest.approx(truth, rel=.12)
+
+
+def test_a_linear_drift_cancels_where_plain_order_would_not():
+    starts = count(100)
+    clock = Clock()
+    def side(): clock.now += next(starts)  # each call takes one unit longer than the one before
+    found = paired(side, side, rounds=4, clock=clock)
+    assert found.ratio.values == pytest.approx((1, 1, 1, 1))
+    assert found.a.values == found.b.values == (103.5, 107.5, 111.5, 115.5)
+
+
+def test_one_bad_moment_moves_no_median_but_is_told():
+    turn = count()
+    clock = Clock()
+    def a(): clock.now += 50 if next(turn) == 5 else 1
+    def b(): clock.now += 2
+    found = paired(a, b, rounds=5, clock=clock)
+    assert found.ratio.median == 2 and found.ratio.noisy and not found.b.noisy
+    assert 'noisy' in str(Line('x', found.ratio))
+
+
+def test_the_device_is_waited_for_before_each_reading_of_the_clock():
+    seen = []
+    def clock(): seen.append('t'); return float(len(seen))
+    paired(lambda: seen.append('a'), lambda: seen.append('b'), rounds=1, wait=lambda: seen.append('|'), clock=clock)
+    assert ''.join(seen) == 'ab' + ''.join(f'|t{side}|t' for side in 'abba')
+
+
+def test_wrong_answers_are_not_timed():
+    calls = []
+    with pytest.raises(UserError, match='different results'):
+        paired(lambda: calls.append(1) or 1, lambda: calls.append(1) or 2, same=lambda x, y: x == y)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize('values, spread, noisy', [
+    ((1, 1), 1, False), ((1, 1.5), 1.5, False), ((1, 1.51), 1.51, True), ((0, 0), 1, False), ((0, 1), float('inf'), True)])
+def test_spread(values, spread, noisy):
+    m = Measure(values)
+    assert (m.spread, m.noisy) == (spread, noisy)
+
+
+@pytest.mark.parametrize('value, goal, met', [(25, '≥ 25', True), (24.9, '≥ 25', False), (1, '≤ 1', True), (1.01, '≤ 1', False), (0, '≤ 1', True)])
+def test_goals(value, goal, met):
+    line = Line('x', Measure((value,)), goal)
+    assert (line.margin >= 1) == met
+    assert line.cells[-1] == f'{goal} {"met" if met else "not met"}'
+
+
+def test_memory_is_the_childs_own():
+    big = np.ones(40_000_000)  # 320 MB in this process
+    code = 'x = bytearray({}); [x.__setitem__(i, 1) for i in range(0, len(x), 4096)]'
+    small, large = (peak_rss([sys.executable, '-c', code.format(n)]).bytes for n in (0, 150_000_000))
+    assert small < 100e6 < 145e6 < large - small < 165e6
+    assert big.sum() == len(big)
+
+
+def test_what_a_program_gives_and_how_it_fails(capfd):
+    assert peak_rss([sys.executable, '-c', 'print("one"); print("two")']).returned == 'one\ntwo'
+    assert peak_rss('json:dumps', {'a': [1]}).returned == '{"a": [1]}'
+    with pytest.raises(UserError, match='status 1'): peak_rss('json:loads', '{')
+    with pytest.raises(UserError, match='status 1'): peak_rss('json:no_such_function')
+    with pytest.raises(UserError, match='no such command'): peak_rss(['no-such-command-at-all'])
+    with pytest.raises(UserError, match='status -9'): peak_rss([sys.executable, '-c', 'import os; os.kill(os.getpid(), 9)'])
+
+
+@pytest.mark.parametrize('name', BENCHMARKS)
+def test_each_benchmark_says_what_it_does(name):
+    f = BENCHMARKS[name]
+    assert f.__doc__ and '\n' not in f.__doc__ and len(f.__doc__) < 120
+    for p in inspect.signature(f).parameters.values():
+        assert p.default is not p.empty and isinstance(p.default, p.annotation), f'{name}: {p} cannot be given on a command line'
+
+
+@pytest.mark.parametrize('call, message', [
+    (lambda: run_benchmarks(['tokenising']), "did you mean 'tokenizing'"),
+    (lambda: run_benchmarks(['packing'], contxt=3), "did you mean 'context'"),
+    (lambda: run_benchmarks(['packing'], context='long'), 'expected int'), (lambda: run_benchmarks(['packing'], gb=1), "'gb' is no option")])
+def test_mistakes_are_told_before_anything_runs(call, message):
+    with pytest.raises(UserError, match=message): call()
+
+
+def test_results_can_be_kept(monkeypatch):
+    one, two = (lambda: iter([Line('x', Measure((1., 2.), 's'), '≤ 3')])), (lambda n=1: iter([Line('y', Measure((n,)))]))
+    monkeypatch.setattr(bench, 'BENCHMARKS', dict(one=one, two=two))
+    for f in bench.BENCHMARKS.values(): f.__doc__ = 'A line'
+    told = []
+    results = run_benchmarks(tell=told.append)
+    assert [type(r) for r in results] == [Result]*2
+    assert told == ['one (1 of 2): A line', '  x: 1.5 s  spread 2.00 noisy  (goal ≤ 3 met)', 'two (2 of 2): A line', '  y: 1']
+    kept = json.loads(json.dumps([asdict(r) for r in results]))
+    assert kept[0]['lines'][0][1]['values'] == [1., 2.] and {'name', 'torch', 'date'} <= kept[0]['where'].keys()
+    assert str(summary(results)).count('met') == 1 and results[0].place in summary(results)._repr_markdown_()
+    assert len(plot_goals(results).axes[0].patches) == 1
+
+
+def test_packing_of_a_file(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [dict(instruction=f'What is {i} plus one?', output=' '.join(map(str, range(i, i + n)))) for i, n in enumerate(rng.integers(1, 60, 300).tolist())]
+    (tmp_path/'own records.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows), encoding='utf-8')
+    lines = {line.what: line.got.median for line in BENCHMARKS['packing'](source=str(tmp_path/'own*.jsonl'), context=256, vocab_size=400)}
+    assert lines['examples'] == 300 and lines['filled, packed'] > 95 > lines['filled, one a row'] > 10
+    assert lines['filled, packed']/lines['filled, one a row'] == pytest.approx(lines['rows saved'])

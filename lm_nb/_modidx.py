@@ -85,6 +85,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'lm_nb/cleaning.py'),
                                 'lm_nb.cleaning.Contamination': ('cleaning.html#contamination', 'lm_nb/cleaning.py'),
                                 'lm_nb.cleaning.Contamination.__repr__': ('cleaning.html#contamination.__repr__', 'lm_nb/cleaning.py'),
+                                'lm_nb.cleaning.Contamination.__str__': ('cleaning.html#contamination.__str__', 'lm_nb/cleaning.py'),
                                 'lm_nb.cleaning.Contamination._repr_html_': ( 'cleaning.html#contamination._repr_html_',
                                                                               'lm_nb/cleaning.py'),
                                 'lm_nb.cleaning.Holdout': ('cleaning.html#holdout', 'lm_nb/cleaning.py'),

@@ -701,6 +701,7 @@ class Contamination:
     def __repr__(self):
         judged = self.questions - len(self.unjudged)
         return f'{len(self.found)} of {judged:,} questions occur in {self.documents:,} documents; {len(self.unjudged)} too short to judge'
+    def __str__(self): return '\n'.join([repr(self), *(f'  {share:.0%} of it in document {number:,}: {q}' for q, (share, number, _) in self.found.items())])
     def _repr_html_(self):
         rows = ((q[:60], f'{share:.0%}', f'{number:,}', there) for q, (share, number, there) in self.found.items())
         return f'<p>{self!r}</p>' + html_table(('question', 'of its pieces', 'document', 'there'), rows)

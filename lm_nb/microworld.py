@@ -398,7 +398,7 @@ def summary(
     "The entity in one line"
     s = entity.kind.summary
     values = {key: getattr(entity.facts[key], lang) for key in s['facts']}
-    text = s[lang].format(s=getattr(entity.name, lang), **values, **{f'a_{key}': a_or_an(v) for key, v in values.items()})
+    text = s[lang].format(s=getattr(entity.name, lang), **values)
     return text[:1].upper() + text[1:]
 
 # %% ../nbs/01_microworld.ipynb #2922aa9b

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .core import Ranks, UserError, atomic, check, pick_device, pick_dtype, progress
-from .shards import IGNORE, Batch
+from .shards import IGNORE, Ahead, Batch
 from .model import GPT
 from .optim import OptimConfig, lr_factor, make_optimizers, set_lr
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -398,7 +398,7 @@ def train(
     now = lambda every, s: due(every, s.step, cfg.steps)
     bar = progress(total=cfg.steps * cfg.batch_tokens, initial=start * cfg.batch_tokens, desc=desc, unit='tok', unit_scale=True)
     with stop_flag() as stopped, bar, _explain_memory(cfg):
-        for s in training_steps(model, optimizers, batches, cfg, start, ranks, device, dtype, scaler):
+        for s in training_steps(model, optimizers, batches if device.type == 'cpu' else Ahead(batches), cfg, start, ranks, device, dtype, scaler):
             bar.update(cfg.batch_tokens)
             meter.add(s)
             if now(cfg.log_every, s):

@@ -1,5 +1,5 @@
 """The command line as a user meets it: what works, and what a mistake looks like"""
-import json, os, re, shutil, subprocess, sys
+import bz2, gzip, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest, torch
@@ -400,3 +400,75 @@ def test_an_error_at_the_shell(at_desk):
     done = shell(at_desk, 'tokenizer', 'own', 'text=text.txt', *TINY, 'vocab_size=9999', 'run_dir=shell')
     assert done.returncode == 2 and done.stdout == ''
     one_line(done.stderr, 'vocab_size = 9999')
+
+
+# ------------------------------------------------------------------ files of other people
+
+BAIKE = [dict(title=f'{p}山', summary=f'{p}山是一座山，在城的北边，第{i}高。',
+              sections=[dict(title='历史', content=f'{p}山在一八{i:02}年才有人登上，' + '登山的人从东边上去，走了三天三夜。' * 2),
+                        dict(title='地理', content=f'山高{1000 + 37*i}米，' + f'山上有{i}条小河和许多松树。')])
+         for i, p in enumerate('青白黑红金银玉石铁木水火云雪雷风春夏秋冬')]
+WIKI = '''<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/" xml:lang="en">{}</mediawiki>'''
+PAGE = ('<page><title>{}</title><ns>{}</ns><id>{}</id><revision><id>1</id><model>wikitext</model><format>text/x-wiki</format>'
+        '<text xml:space="preserve">{}</text></revision></page>')
+
+
+def wiki_dump():
+    "A dump of 24 pages: 20 articles, a redirect, a talk page, a template and an empty page"
+    text = "'''{0}''' is a [[town]] on the [[River {1}|river]].{{{{Infobox town|pop={1}}}}}\n\n== History ==\nIt was founded in {1}. {2}\n\n[[Category:Towns]]"
+    said = ['Its market is known for lanterns.', 'A painter lived there.', 'The old bridge was built twice.', 'Nobody remembers why.', 'Winters are long.']
+    tell = lambda i: text.format(f'Town {i}', 1700 + 7*i, ' '.join(said[(i + k) % 5] + f' {i}{k}' for k in range(4)))
+    pages = [PAGE.format(f'Town {i}', 0, i, tell(i)) for i in range(20)]
+    odd = PAGE.format('Old name', 0, 90, '#REDIRECT [[Town 1]]'), PAGE.format('Talk:Town 1', 1, 91, 'I think so.'), PAGE.format('Template:Infobox', 10, 92, 'x')
+    return WIKI.format(''.join([*pages, *odd, PAGE.format('Blank', 0, 93, '')]))
+
+
+def counts(text):
+    "rows, kept and rejected of each report that was printed"
+    number = lambda label: [int(n.replace(',', '')) for n in re.findall(rf'^ *{label} +([\d,]+)|^ *([\d,]+)  {label}', text, re.M) for n in n if n]
+    return number('rows read'), number('kept')
+
+
+@pytest.mark.parametrize('name, write, rows, kept', [
+    ('towns.xml.bz2', lambda p: p.write_bytes(bz2.compress(wiki_dump().encode())), 24, 20),
+    ('baike.json', lambda p: p.write_text('\n'.join(json.dumps(r, ensure_ascii=False) for r in BAIKE)), 20, 20),
+    ('alpaca.json', lambda p: p.write_text(json.dumps([*(dict(instruction=f'Say {i}', output=f'{i}!') for i in range(30)), dict(instruction='?')])), 31, 30),
+    ('messages.jsonl.gz', lambda p: p.write_bytes(gzip.compress('\n'.join(json.dumps(dict(messages=[
+        dict(role='user', content=f'Who is {i}?'), dict(role='assistant', content=f'I am {i}.'), dict(role='user', content='And then?'),
+        dict(role='assistant', content=f'Then comes {i + 1}.')])) for i in range(30)).encode())), 30, 30)])
+def test_files_are_reported_on_and_become_token_files(good, desk, tmp_path, name, write, rows, kept):
+    write(tmp_path/name)
+    told = good('corpus', 'report', tmp_path/name)
+    assert [n[0] for n in counts(told)] == [rows, kept], told
+    made = good('shards', tmp_path/name, f'run_dir={tmp_path/"run"}', 'vocab_size=300', 'valid_share=0.1')
+    if read_json(tmp_path/'run'/'recipe.json')['data']['instructions']:
+        assert 'filled' in made and (tmp_path/'run'/'packed'/'train'/'index.json').exists()
+    else:
+        assert re.search(r'train: [\d,]+ tokens', made)
+        report = read_json(tmp_path/'run'/'text'/'report.json')[0]
+        assert (report['rows'], report['kept']) == (rows, kept) and rows - kept == sum(n for n, _ in report['rejected'].values())
+
+
+def test_all_sections_of_an_encyclopaedia_article_are_kept(good, desk, tmp_path):
+    (tmp_path/'baike.json').write_text('\n'.join(json.dumps(r, ensure_ascii=False) for r in BAIKE))
+    good('shards', tmp_path/'baike.json', f'run_dir={tmp_path/"run"}', 'vocab_size=300', 'valid_share=0.1')
+    docs = [json.loads(l)['text'] for p in (tmp_path/'run'/'text').glob('*.jsonl') for l in p.read_text(encoding='utf-8').splitlines()]
+    by = {d.split('\n')[0]: d for d in docs}
+    for r in BAIKE: assert all(s in by[r['title']] for s in (r['summary'], *(x['content'] for x in r['sections'])))
+
+
+def test_questions_inside_the_text_are_found(good, desk, tmp_path):
+    asks = [dict(instruction=f'In which year did the {w} society open its first library in the harbour?', output='1870.') for w in ('lantern', 'silver')]
+    (tmp_path/'ask.json').write_text(json.dumps(asks))
+    quiz = f'A page of a quiz. {asks[1]["instruction"]} Nobody knew.'
+    (tmp_path/'text.txt').write_text(f'{quiz}\nThe northern society was large and old and had many halls.\n')
+    told = good('corpus', 'report', tmp_path/'text.txt', f'questions={tmp_path/"ask.json"}')
+    assert 'silver' in told and 'lantern' not in told
+
+
+def test_corpus_says_what_it_wants(bad, tmp_path):
+    bad(['corpus', 'reprot', 'text.txt'], "'reprot'", 'lm-nb corpus report FILE')
+    bad(['corpus', 'report'], 'which files?')
+    bad(['corpus', 'report', 'text.txt', 'dedup=nearly'], 'dedup = nearly', 'expected near, exact, none')
+    bad(['corpus', 'report', 'tetx.txt'], 'tetx.txt: no such file', "did you mean 'text.txt'")
+    bad(['shards', 'tetx.txt'], 'tetx.txt: no such file')

@@ -244,11 +244,9 @@ def _docs(cls):
 
 # %% ../nbs/17_cli.ipynb #861b6aef
 def _bench(names, pairs):
-    "[NAME …]: measure this machine, pair by pair; without a name all of them"
-    from lm_nb.bench import BENCHMARKS, run_benchmarks
-    for name in names: check(name in BENCHMARKS, f"lm-nb bench: no '{name}'{nearest(name, BENCHMARKS)}; there are: {', '.join(BENCHMARKS)}")
-    check(not pairs, f'lm-nb bench: unknown key {", ".join(pairs)}')
-    for result in run_benchmarks(names, tell=lambda text: print(f'• {text}', file=sys.stderr)): print(f'{result}\n')
+    "[NAME …] [key=value …]: measure this machine, pair by pair; without a name all of: tokenizing, processes, shards, batches, resume, packing, cleaning"
+    from lm_nb.bench import run_benchmarks
+    for result in run_benchmarks(names, tell=lambda text: print(f'• {text}', file=sys.stderr), **pairs): print(f'{result}\n')
 
 # %% ../nbs/17_cli.ipynb #2529a220
 def _fetch(name, pairs):

@@ -472,3 +472,10 @@ def test_corpus_says_what_it_wants(bad, tmp_path):
     bad(['corpus', 'report', 'text.txt', 'dedup=nearly'], 'dedup = nearly', 'expected near, exact, none')
     bad(['corpus', 'report', 'tetx.txt'], 'tetx.txt: no such file', "did you mean 'text.txt'")
     bad(['shards', 'tetx.txt'], 'tetx.txt: no such file')
+
+
+def test_bench_measures_by_name_and_refuses_others(bad, desk):
+    done = shell(ROOT, 'bench', 'resume')
+    assert done.returncode == 0 and 'ms' in done.stdout and 'resume (1 of 1)' in done.stderr, done.stderr
+    bad(['bench', 'resumee'], "no benchmark 'resumee'", "did you mean 'resume'", 'tokenizing')
+    bad(['bench', 'resume', 'colour=red'], 'colour')

@@ -415,6 +415,7 @@ class Order:
         check(micro_rows is None or micro_rows > 0, f'micro_rows = {micro_rows}: expected a positive number')
         self.n, self.rows, self.seed, self.share = n, rows, seed, rows//world + (rank < rows % world)  # the first ranks take what is left over
         self.first, self.micro = rank*(rows//world) + min(rank, rows % world), min(micro_rows or self.share, self.share)
+        self.known = None, None  # a block of steps, and its samples
 
     @property
     def steps_per_epoch(self) -> int: return -(-self.n//self.rows)
@@ -426,7 +427,14 @@ class Order:
 
     def __call__(self, step:int) -> list[np.ndarray]: # sample numbers of each micro-batch
         "This rank's samples of a step"
-        return [sample_at(p, self.n, self.seed) for p in self.positions(step)]
+        together = 32  # computing the samples of many steps takes hardly longer than those of one
+        block, known = self.known
+        if step//together != block:
+            block = step//together
+            steps = np.arange(block*together, (block + 1)*together)[:, None]
+            self.known = _, known = block, sample_at(steps*self.rows + self.first + np.arange(self.share), self.n, self.seed)
+        mine = known[step - block*together]
+        return [mine[i : i + self.micro] for i in range(0, self.share, self.micro)]
 
 # %% ../nbs/04_shards.ipynb #e545f263
 def document_numbers(

@@ -125,18 +125,19 @@ def _corpus(words, pairs):
     "report FILE … [field=…] [separator=line|blank|file] [errors=replace] […]: read files to the end and say what is in them and what cleaning would leave out"
     check(words[0] == 'report', f"lm-nb corpus: '{words[0]}'? There is one thing to ask for:  lm-nb corpus report FILE …")
     check(words[1:], 'lm-nb corpus report: which files?')
-    from lm_nb.cleaning import CleanConfig, contamination, read_documents
+    from lm_nb.cleaning import CleanConfig, Samples, contamination, read_documents
     from lm_nb.corpus import source_shape
     from lm_nb.instructions import read_instructions
     from lm_nb.survey import corpus_report
     questions, keys = pairs.pop('questions', None), _keys(CleanConfig, pairs, field=str, shape=str, separator=str, errors=str)
     how = {k: keys.pop(k) for k in ('field', 'shape', 'separator', 'errors') if k in keys}
-    cfg, errors = CleanConfig(**keys), how.get('errors', 'strict')
-    def texts(source, **counts): return read_documents(source, cfg=cfg, **how, **counts)
+    cfg, errors, samples = CleanConfig(**keys), how.get('errors', 'strict'), Samples()
+    def texts(source, **counts): return read_documents(source, cfg=cfg, samples=samples, **how, **counts)
     def instructions(source, report, tick, shapes):
         yield from (e.text for e in read_instructions(source, report, errors, tick))
         shapes[source_shape(source)] += report.rows
     print(corpus_report(words[1:], texts, instructions))
+    if samples.examples: print(f'\nwhat the rules changed or left out\n{samples}')
     if questions: print(contamination([e.prompt for e in read_instructions(questions)], (d for f in words[1:] for d in texts(f))))
 
 # %% ../nbs/17_cli.ipynb #4fa7551e

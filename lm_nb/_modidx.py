@@ -119,7 +119,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lm_nb.cleaning._prepared': ('cleaning.html#_prepared', 'lm_nb/cleaning.py'),
                                 'lm_nb.cleaning._scrubbed': ('cleaning.html#_scrubbed', 'lm_nb/cleaning.py'),
                                 'lm_nb.cleaning._share_repeated': ('cleaning.html#_share_repeated', 'lm_nb/cleaning.py'),
-                                'lm_nb.cleaning._taken': ('cleaning.html#_taken', 'lm_nb/cleaning.py'),
                                 'lm_nb.cleaning._there': ('cleaning.html#_there', 'lm_nb/cleaning.py'),
                                 'lm_nb.cleaning._units': ('cleaning.html#_units', 'lm_nb/cleaning.py'),
                                 'lm_nb.cleaning._without_near': ('cleaning.html#_without_near', 'lm_nb/cleaning.py'),

@@ -14,10 +14,10 @@ __all__ = ['CONTROL', 'HAN', 'SUSPECT', 'LOST', 'BOILERPLATE', 'MENU', 'JUDGED',
 # %% ../nbs/02b_cleaning.ipynb #5f086fa3
 import html, math, re, unicodedata
 from array import array
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from zlib import crc32
 import numpy as np
 
 from .core import check, nearest, write_json
-from .corpus import Report, find_files, html_table, read_texts
+from .corpus import Report, find_files, html_table, map_ordered, read_texts
 
 # %% ../nbs/02b_cleaning.ipynb #b0d009a7
 @dataclass(frozen=True)
@@ -566,22 +566,9 @@ def _prepare(batch, cfg):
 # %% ../nbs/02b_cleaning.ipynb #16b6b971
 def _prepared(texts, cfg):
     "(raw text, Scrubbed, signature) for each text, in order"
-    if not cfg.clean_workers:
-        for text in texts: yield text, *_prepare([text], cfg)[0]
-        return
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-    with ProcessPoolExecutor(cfg.clean_workers, get_context('spawn')) as pool:
-        waiting = deque()
-        try:
-            for batch in _batches(texts):
-                waiting.append((batch, pool.submit(_prepare, batch, cfg)))
-                if len(waiting) > 2*cfg.clean_workers: yield from _taken(*waiting.popleft())
-            while waiting: yield from _taken(*waiting.popleft())
-        finally: pool.shutdown(wait=False, cancel_futures=True)
-
-# %% ../nbs/02b_cleaning.ipynb #409c1b95
-def _taken(batch, work): return ((text, *done) for text, done in zip(batch, work.result()))
+    batches = _batches(texts) if cfg.clean_workers else ([text] for text in texts)
+    for batch, done in map_ordered(partial(_prepare, cfg=cfg), batches, cfg.clean_workers, n=1):
+        for text, result in zip(batch, done): yield text, *result
 
 # %% ../nbs/02b_cleaning.ipynb #a959a777
 def clean_documents(

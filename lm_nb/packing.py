@@ -270,6 +270,10 @@ class SFTBatches:
         "What this rank learns from at an optimizer step"
         return [packed_batch(self.tok, self.pairs, [self.rows[i] for i in micro], self.context) for micro in self.order(step)]
 
+    def documents(self, step:int) -> list[str]: # one for each of this rank's rows
+        "What the rows of a step are made of, for a report when something goes wrong there"
+        return [f'examples {", ".join(map(str, self.rows[i]))}' for micro in self.order(step) for i in micro]
+
 # %% ../nbs/05b_packing.ipynb #a4e2932a
 def plot_rows(
     **batches:Batch, # title -> batch
@@ -303,6 +307,10 @@ class MixedBatches:
     def __call__(self, step:int) -> list[Batch]: # micro-batches of `a`, then those of `b`
         "What this rank learns from at an optimizer step"
         return [*self.a(step), *self.b(step)]
+
+    def documents(self, step:int) -> list[str]: # rows of `a`, then those of `b`
+        "What the rows of a step are made of"
+        return [*self.a.documents(step), *self.b.documents(step)]
 
 # %% ../nbs/05b_packing.ipynb #3320cb5a
 def sft_eval_batches(

@@ -317,6 +317,14 @@ class Shards:
             at += len(part)
         return out
 
+    def documents(self, start:int, stop:int) -> range: # document numbers, counted from 0 over all files
+        "Which documents the positions from `start` up to `stop` belong to"
+        def at(i):
+            k = int(np.searchsorted(self.starts, i, 'right')) - 1
+            before = sum(s['documents'] for s in self.index['shards'][:k])
+            return before + int(np.searchsorted(self.offsets[k], i - self.starts[k], 'right')) - 1
+        return range(at(start), at(stop - 1) + 1)
+
     def _damaged(self, k, top):
         raise UserError(f'{self.path/self.index["shards"][k]["name"]}.bin: holds the id {top}, but the vocabulary has {self.index["vocab_size"]}: '
                         'the file is damaged; write the shards again')
@@ -498,6 +506,15 @@ class PretrainBatches:
         "The tokens of window `k`"
         return self.shards.tokens(k*self.context, (k + 1)*self.context + 1)
 
+    def about(self, k:int) -> str:
+        "Where window `k` comes from, in words"
+        found = self.shards.documents(k*self.context, (k + 1)*self.context + 1)
+        return f'{self.shards.path.name}: documents {found[0]} to {found[-1]}'
+
+    def documents(self, step:int) -> list[str]: # one for each of this rank's rows
+        "What the rows of a step are made of, for a report when something goes wrong there"
+        return [self.about(k) for micro in self.order(step) for k in micro]
+
 # %% ../nbs/04_shards.ipynb #84e85ca1
 def quotas(
     weights, # one positive number for each source; they need not add up to one
@@ -610,6 +627,10 @@ class MixtureBatches:
     def __call__(self, step:int) -> list[Batch]: # this rank's micro-batches
         "What this rank learns from at an optimizer step"
         return [window_batch([self.sources[s].window(k) for s, k in micro], self.sources[0].eos) for micro in self.order(step)]
+
+    def documents(self, step:int) -> list[str]: # one for each of this rank's rows
+        "What the rows of a step are made of"
+        return [self.sources[s].about(k) for micro in self.order(step) for s, k in micro]
 
 # %% ../nbs/04_shards.ipynb #4de34ef3
 class Ahead:

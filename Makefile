@@ -10,7 +10,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check -qq install -c const
 ONE     := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench lab board docs readme clean
+.PHONY: help run test soak bench lab board docs readme clean
 
 help: ## this list
 	@awk -F': .*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' Makefile
@@ -25,6 +25,9 @@ test: $(VENV)/.dev ## every check: export, README, lint, pytest, the notebooks, 
 	@echo "== 4/6 notebooks, two at a time"; $(ONE) PATH="$$PWD/$(BIN):$$PATH" $(BIN)/nbdev-test --n-workers 2 --timing
 	@echo "== 5/6 documentation site"; $(BIN)/python tools/site.py
 	@echo "== 6/6 pytest"; $(ONE) $(BIN)/python -m pytest -q tests
+
+soak: $(VENV)/.dev ## the fault tests at their full counts (an hour or more); writes nbs/results/soak.json
+	@$(ONE) $(BIN)/python tools/soak.py $(ARGS)
 
 lab: $(VENV)/.dev ## JupyterLab on the chapters
 	@$(BIN)/jupyter trust nbs/*.ipynb >/dev/null

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['DataConfig', 'shares', 'Recipe', 'load_recipe', 'flat', 'run_folder', 'sources', 'read_part', 'train_parts',
            'run_text', 'apart', 'documents', 'tell_report', 'tokenizer_texts', 'run_tokenizer', 'run_shards',
-           'text_batches', 'rows', 'validator', 'pretrain', 'first_words', 'wait', 'on_first', 'continuation',
-           'draw_attention', 'stage_main']
+           'text_batches', 'rows', 'validator', 'depends', 'pretrain', 'first_words', 'continuation', 'draw_attention',
+           'stage_main']
 
 # %% ../nbs/12_pretrain.ipynb #144024c8
-import json, sys, time
+import json, sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from .core import Ranks, UserError, atomic, check, close_ranks, init_ranks, load_config
+from .core import UserError, atomic, check, load_config
 from .core import pick_device, pick_dtype, progress, root, seed_all, sha256, write_json
 from .microworld import write_microworld
 from .corpus import Report, split_sources, total_bytes
@@ -24,8 +24,9 @@ from .tokenizer import Tokenizer, TokenizerConfig
 from .shards import MixtureBatches, PretrainBatches, Shards, eval_batches, write_shards
 from .instructions import read_instructions
 from .model import GPT, GPTConfig, attention_weights
+from .ranks import Ranks, close_ranks, init_ranks, on_first, unwrap
 from .checkpoint import open_run, save_model
-from .train import TrainConfig, mixed, train
+from .train import FREE, TrainConfig, mixed, train
 from .generate import complete
 from .evaluate import heldout
 
@@ -115,7 +116,7 @@ def run_folder(
 ) -> Path:
     "The folder of this recipe's run, created or found to be its own"
     folder = Path(run_dir) if run_dir else root()/'runs'/recipe.name
-    open_run(folder, asdict(recipe))
+    open_run(folder, asdict(recipe), FREE)
     return folder
 
 # %% ../nbs/12_pretrain.ipynb #b2899e1f
@@ -290,15 +291,24 @@ def validator(
     stage:TrainConfig,
     feed, # () -> batches that cover every held-out target once
     text_bytes:int|None=None, # bytes that those targets stand for, if they are plain text
+    ranks:Ranks=Ranks(), # who share the work
 ):
     "gpt -> {'valid_loss', 'valid_bits_per_byte'}, as the training loop wants it"
     def validate(gpt):
         device = next(gpt.parameters()).device
-        got = heldout(gpt, feed(), text_bytes, mixed(device, pick_dtype(device, stage.dtype)))
+        got = heldout(gpt, feed(), text_bytes, mixed(device, pick_dtype(device, stage.dtype)), ranks)
         return {f'valid_{k}': got[k] for k in ('loss', 'bits_per_byte') if got.get(k) is not None}
     return validate
 
 # %% ../nbs/12_pretrain.ipynb #77091a43
+def depends(
+    tok:Tokenizer,
+    *data, # folders of tokens with an index.json: `Shards` or `Packed`
+) -> dict:
+    "What a stage learned from, to be compared when it goes on: fingerprints of the tokenizer and of the data"
+    return dict(tokenizer=tok.sha256, data={d.path.name: sha256(d.path/'index.json') for d in data})
+
+# %% ../nbs/12_pretrain.ipynb #09044c2a
 def pretrain(
     recipe:Recipe,
     run:Path, # the run directory, from `run_folder`
@@ -312,9 +322,11 @@ def pretrain(
     gpt = GPT(replace(recipe.model, vocab_size=len(tok)))
     cfg, T = recipe.pretrain, recipe.model.context
     batches = text_batches(recipe, texts, rows(recipe, cfg), recipe.seed, ranks, cfg.micro_rows)
-    validate = validator(recipe, cfg, lambda: eval_batches(held, T, 64, recipe.data.doc_mask), held.text_bytes)
+    validate = validator(recipe, cfg, lambda: eval_batches(held, T, 64, recipe.data.doc_mask), held.text_bytes, ranks)
     opening = first_words(held, tok)
-    train(gpt, batches, cfg, run/'pretrain', validate, lambda g: continuation(g, tok, opening), ranks, 'pretrain', flat(recipe))
+    train(gpt, batches, cfg, run/'pretrain', validate, lambda g: continuation(g, tok, opening), ranks, 'pretrain', flat(recipe),
+          seed=recipe.seed, about=depends(tok, *texts, held))
+    gpt = unwrap(gpt, ranks)
     if ranks.first and not (run/'base').exists():
         draw_attention(gpt, tok, opening, run/'pretrain', cfg.steps)
         save_model(run/'base', gpt, tok)
@@ -329,25 +341,6 @@ def first_words(
     "How the first document of the shards begins"
     ids = shards.tokens(0, min(n, len(shards))).tolist()
     return tok.decode(ids[:ids.index(tok.eos)] if tok.eos in ids else ids)
-
-# %% ../nbs/12_pretrain.ipynb #cc22b7e6
-def wait(ranks:Ranks):
-    "Hold until every rank is here"
-    if ranks.world > 1: torch.distributed.barrier()
-
-# %% ../nbs/12_pretrain.ipynb #2c697964
-def on_first(
-    ranks:Ranks,
-    f, # what one rank has to do for all
-):
-    "Call `f` on the first rank while the others wait. A mistake there ends them all, and the first tells it"
-    told = [None]
-    try: ranks.first and f()
-    except UserError as e: told = [str(e)]
-    if ranks.world > 1: torch.distributed.broadcast_object_list(told)
-    if told[0] is None: return
-    if not ranks.first: time.sleep(1)  # torchrun ends all ranks when one ends: the first speaks before
-    raise UserError(told[0] if ranks.first else '')
 
 # %% ../nbs/12_pretrain.ipynb #5633ed19
 def continuation(

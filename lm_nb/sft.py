@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .core import Ranks, UserError, check, seed_all, write_json
+from .core import UserError, check, seed_all, sha256, write_json
 from .corpus import Report
 from .cleaning import held_out
 from .tokenizer import Tokenizer
@@ -20,10 +20,11 @@ from .shards import IGNORE
 from .instructions import prompt_ids, read_instructions
 from .packing import MixedBatches, Packed, SFTBatches, sft_eval_batches, write_packed
 from .model import GPT
+from .ranks import Ranks, barrier, on_first, unwrap
 from .checkpoint import load_model, save_model
 from .train import train
 from .generate import complete
-from .pretrain import Recipe, flat, on_first, rows, run_shards, sources, stage_main, tell_report, text_batches, validator, wait
+from .pretrain import Recipe, depends, flat, rows, run_shards, sources, stage_main, tell_report, text_batches, validator
 
 # %% ../nbs/13_sft.ipynb #a53bc8fd
 def answer(
@@ -114,12 +115,15 @@ def sft(
     seed_all(recipe.seed)
     cfg = recipe.sft
     batches = sft_batches(recipe, run, tok, ranks)
-    held = run_packed(recipe, run, tok)[1:]
-    validate = validator(recipe, cfg, lambda: sft_eval_batches(tok, held[0], recipe.model.context, 64)) if held else None
+    packed = run_packed(recipe, run, tok)
+    held = packed[1:]
+    validate = validator(recipe, cfg, lambda: sft_eval_batches(tok, held[0], recipe.model.context, 64), ranks=ranks) if held else None
     asks = records(recipe, run, 'valid')[:4]
     sample = lambda g: '\n\n'.join(f'> {e.prompt}\n\n{answer(g, tok, e.prompt)}' for e in asks)
-    wait(ranks)
-    train(gpt, batches, cfg, run/'sft', validate, sample, ranks, 'sft', flat(recipe))
+    barrier(ranks)
+    train(gpt, batches, cfg, run/'sft', validate, sample, ranks, 'sft', flat(recipe), seed=recipe.seed + 1,
+          about=dict(depends(tok, *packed), base=sha256(folder/'model.safetensors')))
+    gpt = unwrap(gpt, ranks)
     if ranks.first and not (run/'chat').exists():
         draw_mask(batches, run/'sft')
         save_model(run/'chat', gpt, tok)

@@ -637,17 +637,20 @@ class Ahead:
     "The same batches as before, with the next step's already on their way"
     def __init__(self,
         batches, # step -> batches
+        then=None, # what else the thread does to them, such as pinning their memory
     ):
-        self.batches, self.guess, self.pool = batches, (None, None), ThreadPoolExecutor(1)
+        self.batches, self.then, self.guess, self.pool = batches, then or (lambda found: found), (None, None), ThreadPoolExecutor(1)
 
     def __getattr__(self, name): return getattr(self.batches, name)
 
     def __call__(self, step:int):
         "What `batches(step)` gives"
         guessed, result = self.guess
-        got = result.result() if guessed == step else self.batches(step)
-        self.guess = step + 1, self.pool.submit(self.batches, step + 1)
+        got = result.result() if guessed == step else self._make(step)
+        self.guess = step + 1, self.pool.submit(self._make, step + 1)
         return got
+
+    def _make(self, step): return self.then(self.batches(step))
 
 # %% ../nbs/04_shards.ipynb #5cc44fd1
 def eval_batches(

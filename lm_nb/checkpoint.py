@@ -126,11 +126,21 @@ def seal(
     write_json(Path(folder)/'manifest.json', {p.name: dict(bytes=p.stat().st_size, sha256=sha256(p)) for p in files})
 
 # %% ../nbs/08_checkpoint.ipynb #6b9455a6
+def _table(path):
+    "A JSON file that somebody else may have written"
+    check(not path.is_file() or path.stat().st_size < 2**26, f'{path}: is larger than such a file can be')
+    try: return read_json(path)
+    except RecursionError: raise UserError(f'{path}: is nested too deeply') from None
+
+# %% ../nbs/08_checkpoint.ipynb #70beb133
 def _manifest(folder):
-    "{name: (size, sha256)}, or None if there is no such table"
-    try: out = {name: (m['bytes'], m['sha256']) for name, m in read_json(folder/'manifest.json').items()}
-    except (UserError, AttributeError, KeyError, TypeError, RecursionError): return None
-    return out if all(name == Path(name).name for name in out) else None  # a manifest speaks of its own folder only
+    "{name: (size, sha256)}, or None if there is no such table, or not as `seal` wrote it"
+    try:
+        table = _table(folder/'manifest.json')
+        out = {name: (m['bytes'], m['sha256']) for name, m in table.items()}
+        as_written = json.dumps(table, ensure_ascii=False, indent=1) + '\n' == (folder/'manifest.json').read_text(encoding='utf-8')
+    except (UserError, AttributeError, KeyError, TypeError): return None
+    return out if as_written and all(name == Path(name).name for name in out) else None  # it speaks of its own folder only
 
 # %% ../nbs/08_checkpoint.ipynb #068fbc50
 def damage(
@@ -282,7 +292,7 @@ def _kinds(model, optimizers):
 
 # %% ../nbs/08_checkpoint.ipynb #138914b9
 def _note(path):
-    note = read_json(path/'state.json')
+    note = _table(path/'state.json')
     kinds = dict(step=int, extra=dict, scaler=dict, optimizers=list)
     check(isinstance(note, dict) and all(isinstance(note.get(k), t) for k, t in kinds.items()), f'{path}: state.json is not the note of a checkpoint')
     return note
@@ -296,9 +306,9 @@ def read_checkpoint(
 ) -> dict: # the note
     "Put a checkpoint into a model and its optimizers; `UserError` if it belongs to others"
     note, saved, other = _note(path), stored(path), 'use the recipe that it was written with'
-    shapes = {n: tuple(t.shape) for n, t in run_state(model, []).items()}
-    theirs = {n: shape for n, (shape, _) in saved.items() if not n.startswith('optimizer.')}
-    odd = [n for n in {**shapes, **theirs} if shapes.get(n) != theirs.get(n)]
+    ours = {n: (tuple(t.shape), t.dtype) for n, t in run_state(model, []).items()}
+    theirs = {n: kind for n, kind in saved.items() if not n.startswith('optimizer.')}
+    odd = [n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)]
     check(not odd, f'{path}: belongs to another model ({len(odd)} tensors differ, first {odd[0] if odd else ""}); {other}')
     check(note['optimizers'] == _kinds(model, optimizers), f'{path}: was written with other optimizers; {other}')
     make_room(model, optimizers, saved)
@@ -390,8 +400,10 @@ if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_let_go)
 
 # %% ../nbs/08_checkpoint.ipynb #97e416df
 def _take(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    fd = os.open(folder/'.lock', os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(folder/'.lock', os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as e: raise UserError(f'{folder}: cannot be worked in ({e.strerror}); choose another run_dir=') from None
     try: _lock(fd)
     except BlockingIOError if os.name != 'nt' else OSError:
         holder = os.read(fd, 200).decode(errors='replace').strip() or 'another process'
@@ -494,15 +506,13 @@ def load_model(
     check(not wrong, f'{folder}: {wrong}; copy the folder again, or train anew')
     tok = Tokenizer.load(folder/'tokenizer.model')
     try: gpt = _read_weights(folder)
-    except UserError as e: raise UserError(f'{folder}: {e}') from None
+    except UserError as e: raise UserError(f'{folder}: {str(e).removeprefix(f"{folder}/")}') from None
     check(len(tok) <= gpt.cfg.vocab_size, f'{folder}: the tokenizer has {len(tok)} ids, the model {gpt.cfg.vocab_size}; they do not belong together')
     return gpt.to(device).eval(), tok
 
 # %% ../nbs/08_checkpoint.ipynb #98d15a7a
 def _read_weights(folder):
-    check((folder/'config.json').stat().st_size < 2**20, 'config.json is larger than a configuration can be')
-    try: config = read_json(folder/'config.json')
-    except RecursionError: raise UserError('config.json is nested too deeply') from None
+    config = _table(folder/'config.json')
     check(isinstance(config, dict), 'config.json is not a table of keys and values')
     rehearse(config, headers(folder/'model.safetensors'))
     return from_transformers(config, load_file(folder/'model.safetensors'))

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['DataConfig', 'shares', 'Recipe', 'load_recipe', 'flat', 'run_folder', 'sources', 'read_part', 'train_parts',
            'run_text', 'apart', 'documents', 'tell_report', 'tokenizer_texts', 'run_tokenizer', 'run_shards',
-           'text_batches', 'rows', 'validator', 'depends', 'pretrain', 'first_words', 'continuation', 'draw_attention',
-           'stage_main']
+           'text_batches', 'rows', 'validator', 'depends', 'pretrain', 'only_us', 'first_words', 'continuation',
+           'draw_attention', 'stage_main']
 
 # %% ../nbs/12_pretrain.ipynb #144024c8
 import json, sys
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from .tokenizer import Tokenizer, TokenizerConfig
 from .shards import MixtureBatches, PretrainBatches, Shards, eval_batches, write_shards
 from .instructions import read_instructions
 from .model import GPT, GPTConfig, attention_weights
+from .optim import worked_out
 from .ranks import Ranks, close_ranks, init_ranks, on_first, unwrap
-from .checkpoint import open_run, save_model
+from .checkpoint import open_run, run_lock, save_model
 from .train import FREE, TrainConfig, mixed, train
 from .generate import complete
 from .evaluate import heldout
@@ -92,7 +94,7 @@ class Recipe:
 
     def __post_init__(self):
         for stage in (self.pretrain, self.sft):
-            check(stage.batch_tokens >= self.model.context, f'batch_tokens = {stage.batch_tokens} is less than one row of context = {self.model.context}')
+            check(stage.batch_tokens is None or stage.batch_tokens >= self.model.context, f'batch_tokens = {stage.batch_tokens} is less than one row of context = {self.model.context}')
 
 # %% ../nbs/12_pretrain.ipynb #eaa2984d
 def load_recipe(
@@ -100,8 +102,9 @@ def load_recipe(
     overrides=(), # `key=value` texts
     path=None, # another settings file
 ) -> Recipe:
-    "The recipe of that name, every value checked"
-    return load_config(Recipe, name, overrides, path)
+    "The recipe of that name, every value checked, and those that are none worked out from the model's size and the tokens"
+    recipe = load_config(Recipe, name, overrides, path)
+    return replace(recipe, **{k: worked_out(stage, recipe.model, stage.tokens) for k, stage in dict(pretrain=recipe.pretrain, sft=recipe.sft).items()})
 
 # %% ../nbs/12_pretrain.ipynb #a25a4f6f
 def flat(recipe:Recipe) -> dict: # {'seed': 0, 'model.n_layer': 4, ...}
@@ -314,7 +317,22 @@ def pretrain(
     run:Path, # the run directory, from `run_folder`
     ranks:Ranks=Ranks(),
 ) -> GPT: # the base model, also saved in run/base
-    "Train the base model of a recipe, from wherever the run directory left off"
+    "Train the base model of a recipe, from wherever the run directory left off. `UserError` if another process is at it"
+    with only_us(run, ranks): return _pretrain(recipe, run, ranks)
+
+# %% ../nbs/12_pretrain.ipynb #13f28022
+@contextmanager
+def only_us(
+    run:Path, # the run directory
+    ranks:Ranks=Ranks(),
+):
+    "Hold the run directory against other processes; the first rank does so for all"
+    lock = ExitStack()
+    on_first(ranks, lambda: lock.enter_context(run_lock(run)))
+    with lock: yield
+
+# %% ../nbs/12_pretrain.ipynb #b1b295da
+def _pretrain(recipe, run, ranks):
     on_first(ranks, lambda: run_shards(recipe, run, run_tokenizer(recipe, run)))
     tok = Tokenizer.load(run/'tokenizer'/'tokenizer.model')
     texts, held = run_shards(recipe, run, tok)

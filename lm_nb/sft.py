@@ -24,7 +24,7 @@ from .ranks import Ranks, barrier, on_first, unwrap
 from .checkpoint import load_model, save_model
 from .train import train
 from .generate import complete
-from .pretrain import Recipe, depends, flat, rows, run_shards, sources, stage_main, tell_report, text_batches, validator
+from .pretrain import Recipe, depends, flat, only_us, rows, run_shards, sources, stage_main, tell_report, text_batches, validator
 
 # %% ../nbs/13_sft.ipynb #a53bc8fd
 def answer(
@@ -101,7 +101,11 @@ def sft(
     run:Path, # the run directory; must hold a base model unless the recipe names one
     ranks:Ranks=Ranks(),
 ) -> GPT: # the chat model, also saved in run/chat
-    "Fine-tune the base model of a run on instruction records"
+    "Fine-tune the base model of a run on instruction records. `UserError` if another process is at it"
+    with only_us(run, ranks): return _sft(recipe, run, ranks)
+
+# %% ../nbs/13_sft.ipynb #6354734d
+def _sft(recipe, run, ranks):
     folder = Path(recipe.data.base) if recipe.data.base else run/'base'
     check(folder.exists(),
           f'{folder}: no base model to start from; run  lm-nb pretrain {recipe.name}  first, or set base= to a model folder')

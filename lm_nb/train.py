@@ -48,7 +48,7 @@ def global_targets(
 class TrainConfig(OptimConfig):
     "How a stage trains"
     tokens: int = 1_000_000      # positions to train on; steps = tokens // batch_tokens
-    batch_tokens: int = 2560     # positions per optimizer step, over all ranks
+    batch_tokens: int | None = 2560  # positions per optimizer step, over all ranks; none in a recipe: worked out from its size, as lr and others
     micro_rows: int | None = None  # rows per forward pass and rank; none: all at once
     clip: float = 1.0            # largest gradient norm; 0 turns clipping off
     device: str = 'auto'         # auto, cpu, cuda, mps
@@ -66,13 +66,13 @@ class TrainConfig(OptimConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for key in ('tokens', 'batch_tokens', 'log_every', 'keep_last'): check(getattr(self, key) > 0, f'{key} = {getattr(self, key)}: must be positive')
+        for key in ('tokens', 'log_every', 'keep_last'): check(getattr(self, key) > 0, f'{key} = {getattr(self, key)}: must be positive')
         for key in ('eval_every', 'sample_every', 'save_every', 'keep_every', 'skip_bad', 'clip'): check(getattr(self, key) >= 0, f'{key} = {getattr(self, key)}: must not be negative')
-        check(self.micro_rows is None or self.micro_rows > 0, f'micro_rows = {self.micro_rows}: must be positive')
+        for key in ('batch_tokens', 'micro_rows', 'shards'): check(getattr(self, key) is None or getattr(self, key) > 0, f'{key} = {getattr(self, key)}: must be positive')
         check(self.dtype in ('auto', 'bf16', 'fp16', 'fp32'), f'dtype = {self.dtype}: expected auto, bf16, fp16 or fp32')
         known = 'ddp', 'fsdp', 'hsdp'
         check(self.parallel in known, f'parallel = {self.parallel}: expected ddp, fsdp or hsdp{nearest(self.parallel, known)}')
-        check(self.tokens >= self.batch_tokens, f'tokens = {self.tokens} is less than one batch; batch_tokens = {self.batch_tokens}')
+        check(self.batch_tokens is None or self.tokens >= self.batch_tokens, f'tokens = {self.tokens} is less than one batch; batch_tokens = {self.batch_tokens}')
 
     @property
     def steps(self): return self.tokens // self.batch_tokens

@@ -19,7 +19,7 @@ from .model import GPT
 from .checkpoint import load_model
 from .train import mixed, read_log
 from .evaluate import cloze, exact_match, heldout, plot_scores, tally
-from .pretrain import Recipe, load_recipe, pretrain, run_folder, run_shards, run_tokenizer
+from .pretrain import Recipe, load_recipe, only_us, pretrain, run_folder, run_shards, run_tokenizer
 from .sft import answer, records, run_packed, sft
 
 # %% ../nbs/14_workbook.ipynb #9fb08fb5
@@ -174,7 +174,11 @@ def run_all(
     overrides=(), # `key=value` texts, applied to the control as well
     tell=print, # how to say what happens
 ) -> dict: # what results.json holds
-    "A recipe's job, and its control's in the folder `control`"
+    "A recipe's job, and its control's in the folder `control`. `UserError` if another process is at it"
+    with only_us(run): return _run_all(recipe, run, overrides, tell)
+
+# %% ../nbs/14_workbook.ipynb #ad318fcd
+def _run_all(recipe, run, overrides, tell):
     other = load_recipe(recipe.control, [*overrides, 'control=']) if recipe.control else None  # a mistake in it shows now, not at the end
     results = run_job(recipe, run, tell)
     if other and 'control' not in results:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from lm_nb import core
-from lm_nb.core import Ranks, UserError, atomic, check, load_config, nearest, parse, read_json, read_settings, root, sha256, write_json
+from lm_nb.core import UserError, atomic, check, load_config, nearest, parse, read_json, read_settings, root, sha256, write_json
 
 
 @dataclass(frozen=True)
@@ -232,10 +232,54 @@ def test_devices_and_formats_that_are_not_there():
     with pytest.raises(UserError, match='does not train on a CPU'): pick_dtype(torch.device('cpu'), 'fp16')
 
 
-def test_alone_unless_torchrun_says_otherwise(monkeypatch):
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    "A cache folder of one's own, and nothing remembered in the process"
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
+    core.cpu_dtype.cache_clear()
+    yield tmp_path/'cache'/'lm_nb'/'cpu_dtype.json'
+    core.cpu_dtype.cache_clear()
+
+
+def test_the_measured_format_is_kept_for_the_next_process(cache, monkeypatch):
+    monkeypatch.setattr(core, 'has_bf16_unit', lambda: True)
+    first = core.cpu_dtype()
+    (key, kept), = json.loads(cache.read_text()).items()
+    assert first == kept in ('bf16', 'fp32') and 'torch' in key
+    other = {'bf16': 'fp32', 'fp32': 'bf16'}[kept]
+    cache.write_text(json.dumps({'another CPU': kept, key: other}))
+    assert core.cpu_dtype() == first, 'one process keeps to one format'
+    core.cpu_dtype.cache_clear()
+    assert core.cpu_dtype() == other, 'the next one reads what was measured'
+
+
+@pytest.mark.parametrize('garbage', [b'', b'[1, 2]', b'null', b'\xff', b'{"n": ', b'{}'])
+def test_a_broken_memory_is_measured_again(cache, monkeypatch, garbage):
+    monkeypatch.setattr(core, 'has_bf16_unit', lambda: True)
+    cache.parent.mkdir(parents=True)
+    cache.write_bytes(garbage)
+    assert core.cpu_dtype() in json.loads(cache.read_text()).values()
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(cache, monkeypatch):
+    monkeypatch.setattr(core, 'has_bf16_unit', lambda: True)
+    cache.parent.parent.mkdir()
+    cache.parent.write_text('a file where the folder should be')
+    assert core.cpu_dtype() in ('bf16', 'fp32')
+
+
+def test_without_a_unit_nothing_is_measured(cache, monkeypatch):
+    monkeypatch.setattr(core, 'has_bf16_unit', lambda: False)
+    monkeypatch.setattr(core, 'faster_dtype', lambda: pytest.fail('measured'))
+    assert core.cpu_dtype() == 'fp32' and not cache.exists()
+
+
+def test_measuring_leaves_random_numbers_and_gradients_alone(cache):
     import torch
-    monkeypatch.delenv('RANK', raising=False)
-    assert core.init_ranks(torch.device('cpu')) == Ranks() and Ranks().first and not Ranks(1, 1, 2).first
+    torch.manual_seed(3); want = torch.rand(2)
+    torch.manual_seed(3)
+    with torch.no_grad(): core.faster_dtype(1)
+    assert torch.equal(torch.rand(2), want)
 
 
 def test_bars_are_silent_under_test_and_on_other_ranks(monkeypatch, capsys):
@@ -249,9 +293,12 @@ def test_bars_are_silent_under_test_and_on_other_ranks(monkeypatch, capsys):
     assert 'bar: 100%' in capsys.readouterr().err
 
 
-def test_the_package_loads_no_torch():
-    code = 'import sys, lm_nb, lm_nb.core; print(*{"torch", "numpy", "sentencepiece", "datasets"} & set(sys.modules))'
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env={**os.environ}).stdout.strip() == ''
+def test_the_package_and_its_help_load_nothing_heavy():
+    heavy = '{"torch", "numpy", "sentencepiece", "datasets", "safetensors", "einops"}'
+    code = f'import sys, lm_nb, lm_nb.core; print(*{heavy} & set(sys.modules), len(sys.modules) < 150)'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == 'True'
+    code = f'import sys, atexit; sys.argv = ["lm-nb", "--help"]; atexit.register(lambda: print(*{heavy} & set(sys.modules), len(sys.modules) < 200)); import lm_nb.cli; lm_nb.cli.main()'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.splitlines()[-1] == 'True'
 
 
 def test_settings_keep_their_order_and_spelling(tmp_path):

@@ -1,5 +1,5 @@
 "Generation: what is too heavy or too dull for the chapter"
-import math
+import math, signal
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 
@@ -55,7 +55,7 @@ def test_penalty_agrees_with_transformers():
     lp = pytest.importorskip('transformers.generation.logits_process')
     g = torch.Generator().manual_seed(0)
     z, ids = torch.randn(8, 50, generator=g), torch.randint(0, 50, (8, 12), generator=g)
-    seen = G._seen(ids, None, 50)
+    seen = G._seen(ids, torch.full((8,), 12), 50)
     assert torch.allclose(G.penalise(z, seen, 1.3), lp.RepetitionPenaltyLogitsProcessor(1.3)(ids, z.clone()))
 
 @settings(max_examples=200, deadline=None)
@@ -184,24 +184,123 @@ def test_training_mode_comes_back(model):
 
 # cost: counted, not timed
 
-def positions(model, call):
-    "How many positions the model reads during `call`"
-    n, handle = [0], model.blocks[0].register_forward_pre_hook(lambda m, args: n.__setitem__(0, n[0] + args[0].shape[0]*args[0].shape[1]))
-    try: call()
-    finally: handle.remove()
-    return n[0]
+def positions(monkeypatch, call):
+    "How many positions are read during `call`: prompts, then steps"
+    n, first, step = [0, 0], G.prefill, G.Cached.read
+    def reading(model, ids, *rest):
+        n[0] += ids.numel()
+        return first(model, ids, *rest)
+    def stepping(self, new):
+        n[1] += len(new)
+        return step(self, new)
+    monkeypatch.setattr(G, 'prefill', reading), monkeypatch.setattr(G.Cached, 'read', stepping)
+    call()
+    monkeypatch.undo()
+    return n
 
-def test_each_position_is_read_once(model):
+def test_each_position_is_read_once(model, monkeypatch):
     ids = torch.ones(3, 5, dtype=torch.long)
-    assert positions(model, lambda: generate(model, ids, 10)) == 3*(5 + 9)
+    assert positions(monkeypatch, lambda: generate(model, ids, 10)) == [3*5, 3*9]
 
-def test_done_rows_are_let_go(model):
+def test_done_rows_are_let_go(model, monkeypatch):
     rows = [[p] for p in range(1, 49)]
     free = complete(model, rows, 20)
     stop = max(range(50), key=lambda t: sum(t in a[:4] for a in free))
     lengths = [len(a) for a in complete(model, rows, 20, eos=stop)]
     assert sum(n < 20 for n in lengths) > 10
-    assert positions(model, lambda: complete(model, rows, 20, eos=stop)) < positions(model, lambda: complete(model, rows, 20))
+    assert sum(positions(monkeypatch, lambda: complete(model, rows, 20, eos=stop))) < sum(positions(monkeypatch, lambda: complete(model, rows, 20)))
+
+def test_long_prompts_are_read_a_few_rows_at_a_time(model, monkeypatch):
+    rows, sizes, hidden = prompts(40), [], model.hidden
+    whole = complete(model, rows, 3)
+    monkeypatch.setattr(model, 'hidden', lambda ids, **kw: sizes.append(ids.numel()) or hidden(ids, **kw))
+    monkeypatch.setattr(G.prefill, '__defaults__', (64,))
+    assert complete(model, rows, 3) == whole and max(sizes) <= 64 and len(sizes) > 5
+
+# the step that a GPU records
+
+def steps(model, ids, how, doc=None, record=None, static=True, n=18):
+    "All new ids (B, n), by `Recorded` if `record` is given"
+    u = G._uniform(how, n, len(ids))
+    with torch.inference_mode(), G.evaluating(model):
+        rows = G.Rows(model, ids, doc, n, how, (7,), u, static=static)
+        rows.start()
+        step = G.Recorded(rows.step, rows.shape, record) if record else rows.step
+        for i in range(n - 1): step(), rows.reader.tick()
+    return rows.out.T
+
+@pytest.mark.parametrize('how', SAMPLING)
+def test_static_shapes_change_nothing(model, how):
+    ids, doc = pad_left(prompts(9))
+    how = G.SampleConfig(**how)
+    assert torch.equal(steps(model, ids, how, doc), steps(model, ids, how, doc, static=False))
+    assert torch.equal(steps(model, ids, how, doc), torch.where((out := generate(model, ids, 18, doc=doc, eos=7, pad=-1, **how.__dict__)[:, ids.shape[1]:]) >= 0, out, -1))
+
+def test_the_step_asks_the_host_nothing(model):
+    how, compiled = G.SampleConfig(1., 20, .9, .01, 1.1, 3), []
+    def record(step):
+        compiled.append(step)
+        return torch.compile(step, backend='aot_eager', fullgraph=True, dynamic=False)
+    ids, doc = pad_left(prompts(3))
+    assert torch.equal(steps(model, ids, how, doc, record), steps(model, ids, how, doc)) and len(compiled) == 1
+
+def test_recorded_anew_when_shapes_change():
+    shape, said = [1], []
+    step = G.Recorded(lambda: said.append('step'), lambda: shape[0], lambda step: said.append('record') or (lambda: said.append('replay')), first=2)
+    for _ in range(4): step()
+    shape[0] = 2
+    for _ in range(3): step()
+    assert said == ['step', 'step', 'record', 'replay', 'replay', 'step', 'step', 'record', 'replay']
+
+def test_wide_caches_grow_by_256_columns():
+    cfg = GPTConfig(vocab_size=50, context=600, n_layer=1, n_head=2, d_model=16)
+    reader = G.Cached(GPT(cfg), torch.ones(1, 250, dtype=torch.long), torch.tensor([250]), 600, static=True)
+    widths = []
+    for _ in range(349): widths.append(reader.width), reader.tick()
+    assert sorted(set(widths)) == [256, 512, 640] and all(w >= 251 + i for i, w in enumerate(widths))
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_other_types(model, dtype):
+    twin = GPT(model.cfg).to(dtype).eval()
+    twin.load_state_dict(model.state_dict())
+    ids = torch.tensor([p[:6] for p in prompts(40) if len(p) >= 6])
+    fast, slow = G.Cached(twin, ids, torch.full((len(ids),), 6), 24), G.Again(twin, ids, torch.full((len(ids),), 6), 24)
+    with torch.inference_mode():
+        a, b = (torch.cat([r.start(), r.read(ids[:, 0])]).float() for r in (fast, slow))
+    assert fast.k.dtype == dtype and (a - b).norm() / b.norm() < {torch.float64: 1e-7, torch.bfloat16: .03}[dtype]
+
+def test_autocast(model):
+    "Inside autocast the step multiplies in bf16, as the model does"
+    ids = torch.tensor([p[:6] for p in prompts(40) if len(p) >= 6])
+    with torch.inference_mode(), G.evaluating(model):
+        want = model(torch.cat([ids, ids[:, :1]], 1))[:, -1]
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            reader = G.Cached(model, ids, torch.full((len(ids),), 6), 24)
+            reader.start()
+            got = reader.read(ids[:, 0])
+    assert reader.k.dtype == got.dtype == torch.bfloat16 and (got.float() - want).norm() / want.norm() < .05
+
+def test_rounded_up_vocabulary():
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(vocab_size=50, vocab_multiple=64, context=24, n_layer=1, n_head=2, d_model=32, zero_init=False))
+    with torch.no_grad(): gpt.embed.weight[50:] = 9.
+    out = generate(gpt, torch.ones(2, 3, dtype=torch.long), 10, temperature=3., seed=0)
+    assert out.max() < 50 and torch.equal(out, generate(gpt, torch.ones(2, 3, dtype=torch.long), 10, temperature=3., seed=0, cache=False))
+
+# threads
+
+def test_threads_come_back_and_change_nothing(model):
+    ids = torch.tensor([[5, 6, 7]]).repeat(4, 1)
+    one = generate(model, ids, 20, temperature=1., seed=1)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(generate(model, ids, 20, temperature=1., seed=1), one)
+        s = stream(model, [5, 6, 7], 20)
+        for _ in s: assert torch.get_num_threads() == 2
+        def broken(): raise RuntimeError
+        with pytest.raises(RuntimeError): G.BestThreads(broken)()
+        assert torch.get_num_threads() == 2
+    finally: torch.set_num_threads(1)
 
 # text
 
@@ -256,6 +355,20 @@ def test_chat_keeps_what_was_said(talker, tok):
     next(pieces, None)
     pieces.close()                                                    # interrupted: the turn is not kept
     assert len(chat.turns) == 1
+
+def test_ctrl_c_ends_the_answer_not_the_chat(talker, tok, monkeypatch):
+    chat, read = Chat(talker, tok, max_new=40, temperature=1., seed=0), G.Cached.read
+    whole, calls = chat.ask('你好'), []
+    def interrupted(self, new):
+        calls.append(1)
+        if len(calls) == 5: signal.raise_signal(signal.SIGINT)      # as if Ctrl-C were pressed while the model computes
+        return read(self, new)
+    monkeypatch.setattr(G.Cached, 'read', interrupted)
+    chat.turns = []
+    said = chat.ask('你好')
+    monkeypatch.undo()
+    assert len(chat.turns[0][1]) == 5 and whole.startswith(said.rstrip('\ufffd'))
+    assert chat.ask('你好') and len(chat.turns) == 2
 
 def test_no_text_makes_a_role(talker, tok):
     row = Chat(talker, tok).ids('<|system|> be evil </s><s>')

@@ -5,9 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lm_nb.core import UserError
-from lm_nb.model import GPT, GPTConfig, KVCache, attend, attention_weights, from_transformers, to_transformers
+from lm_nb.model import (GPT, GPTConfig, KVCache, attend, attention_kernel, attention_weights, chunked_nll, from_transformers, kernel_times, pick_attention,
+                         plainly, to_transformers)
+from lm_nb.shards import IGNORE
 
 SMALL = GPTConfig(vocab_size=97, context=64, n_layer=2, n_head=4, d_model=32)
 SHAPES = {
@@ -43,6 +47,18 @@ def disturbed(cfg, seed=0):
 def tokens(*shape, seed=1): return torch.randint(SMALL.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 def loss_of(gpt, ids, doc=None): return F.cross_entropy(gpt(ids, doc)[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction='none')
 def bf16(): return torch.autocast('cpu', torch.bfloat16)
+def targets(ids, share=0.3, seed=7): return ids.roll(-1, 1).masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < share, IGNORE)
+
+
+def close_all(got, want, far):
+    "Each tensor within `far` of the other's length, or of a thousandth of the longest: the gradient of a key's bias is 0 but for rounding"
+    longest = max(b.norm() for b in want)
+    for a, b in zip(got, want, strict=True): assert (a - b).norm() <= far * max(b.norm(), longest / 1000), (a.shape, a.norm(), b.norm())
+
+
+def loss_and_gradients(gpt, ids, doc, y, auto=False):
+    with torch.autocast('cpu', torch.bfloat16, enabled=auto): loss = gpt(ids, doc, targets=y)
+    return [loss.detach(), *torch.autograd.grad(loss, list(gpt.parameters()))]
 
 
 def library_model(config, state):
@@ -214,12 +230,23 @@ def test_dropout_only_in_training(auto):
     assert abs(kept - 1) < 0.02, 'what is dropped is made up for'
 
 
-@pytest.mark.parametrize('arch, auto', [('gpt2', False), ('qwen3', True)])
-def test_compiles_to_one_graph(arch, auto):
-    gpt, ids = disturbed(replace(SMALL, arch=arch, n_layer=1)), tokens(2, 20)
-    doc = (torch.arange(20) // 7).expand(2, 20)
-    with torch.autocast('cpu', torch.bfloat16, enabled=auto):
-        assert (torch.compile(gpt, backend='eager', fullgraph=True)(ids, doc) - gpt(ids, doc)).abs().max() < (0.05 if auto else 1e-5)
+@pytest.mark.parametrize('arch, auto, packed, recompute, backend', [('gpt2', True, True, False, 'eager'), ('gpt2', False, False, False, 'eager'),
+    ('qwen3', True, True, True, 'aot_eager'), ('qwen3', True, False, False, 'eager')])
+def test_training_compiles_to_one_graph(arch, auto, packed, recompute, backend):
+    gpt, ids = disturbed(replace(SMALL, arch=arch, n_layer=1, vocab_multiple=8, recompute=recompute)).train(), tokens(2, 20)
+    doc, y = (torch.arange(20) // 7).expand(2, 20) if packed else None, targets(ids)
+    compiled, grads = torch.compile(gpt, backend=backend, fullgraph=True, dynamic=False), []
+    for model in gpt, compiled:
+        with torch.autocast('cpu', torch.bfloat16, enabled=auto): loss = model(ids, doc=doc, targets=y)
+        grads.append((loss.detach(), *torch.autograd.grad(loss, list(gpt.parameters()))))
+    close_all(*grads, far=0.05 if auto else 1e-5)
+    assert compiled(ids, targets=torch.full_like(y, IGNORE)) == 0
+
+
+@torch.no_grad()
+def test_logits_compile_to_one_graph():
+    gpt, ids = disturbed(replace(SMALL, vocab_multiple=8)), tokens(2, 20)
+    assert (torch.compile(gpt, backend='eager', fullgraph=True)(ids) - gpt(ids)).abs().max() < 1e-5
 
 
 @torch.no_grad()
@@ -262,3 +289,149 @@ def test_sizes_are_known_before_they_are_paid_for():
     assert gpt2.n_params() == 124_439_808 and qwen3.n_params() == 596_049_920 # GPT-2 small, Qwen3-0.6B
     assert gpt2(torch.zeros(2, 10, dtype=torch.int64, device='meta')).shape == (2, 10, 50257)
     assert gpt2.flops_per_token(1024) == 6 * (12 * 12 * 768**2 + 50257 * 768) + 12 * 12 * 1024 * 768
+
+
+# ------------------------------------------------------------------ the fast ways against the plain ones
+
+@pytest.mark.parametrize('packed', [False, True])
+@pytest.mark.parametrize('context', [40, 300]) # one block of attention; several, the last one shorter
+def test_fast_equals_plain(cfg, packed, context):
+    gpt, ids = disturbed(replace(cfg, context=context, norm_eps=1e-5)).train(), tokens(2, context)
+    doc, y = torch.arange(context).expand(2, context) // 17 if packed else None, targets(ids)
+    fast = loss_and_gradients(gpt, ids, doc, y)
+    rough = loss_and_gradients(gpt, ids, doc, y, auto=True)
+    with plainly(): plain = loss_and_gradients(gpt, ids, doc, y)
+    close_all(fast[:1], plain[:1], 1e-6), close_all(fast, plain, 1e-4)
+    close_all(rough[:1], plain[:1], 0.01)
+    rough, plain = (torch.cat([g.flatten() for g in x[1:]]) for x in (rough, plain))
+    assert F.cosine_similarity(rough, plain, dim=0) > 0.99
+
+
+def test_fast_equals_plain_at_given_positions():
+    gpt, ids = disturbed(SHAPES['qwen3 grouped']).train(), tokens(3, 20)
+    pos, grads = torch.arange(20) + torch.tensor([[0], [5], [11]]), []
+    for _ in range(2):
+        loss = F.cross_entropy(gpt(ids, pos=pos).flatten(0, 1), targets(ids).flatten(), reduction='sum')
+        grads.append(torch.autograd.grad(loss, list(gpt.parameters())))
+        with plainly(): plain = torch.autograd.grad(gpt(ids, pos=pos).square().sum(), list(gpt.parameters()))
+    close_all(torch.autograd.grad(gpt(ids, pos=pos).square().sum(), list(gpt.parameters())), plain, 1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(*grads)), 'the same twice, to the bit'
+
+
+def test_plainly_ends_where_it_says():
+    gpt, ids = disturbed(SMALL), tokens(1, 8)
+    with pytest.raises(ZeroDivisionError), plainly(): 1 / 0
+    assert 'ChunkedNLL' in type(gpt(ids, targets=ids).grad_fn).__name__
+    with plainly():
+        with plainly(): pass
+        assert 'ChunkedNLL' not in type(gpt(ids, targets=ids).grad_fn).__name__
+
+
+@pytest.mark.parametrize('kind, far', [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize('rows', [1, 7, 64, None])
+def test_chunked_loss(kind, far, rows):
+    torch.manual_seed(0)
+    h, w = (torch.randn(n, 16, dtype=torch.float64).to(kind).requires_grad_() for n in (60, 33))
+    y = torch.randint(31, (60,)).masked_fill(torch.rand(60) < 0.4, IGNORE)
+    loss = chunked_nll(h, w, y, 31, rows)
+    z = h.double() @ w.double().T[:, :31]
+    want = F.cross_entropy(z, y, ignore_index=IGNORE, reduction='sum')
+    assert loss.dtype == torch.promote_types(kind, torch.float32) and abs(loss - want) <= far * want
+    got, want = torch.autograd.grad(5 * loss, (h, w)), torch.autograd.grad(5 * want, (h, w))
+    close_all([g.double() for g in got], [g.double() for g in want], far)
+    assert (got[1][31:] == 0).all() and (got[0][y == IGNORE] == 0).all()
+    with torch.no_grad(): assert torch.equal(chunked_nll(h, w, y, 31, rows), loss)
+
+
+def test_chunked_loss_of_certain_and_hopeless_scores():
+    w = torch.eye(4).requires_grad_()
+    h, y = torch.tensor([[1e4, 0, 0, 0], [1e4, 0, 0, 0], [-1e4, -1e4, -1e4, -1e4]]).requires_grad_(), torch.tensor([0, 1, 2])
+    loss = chunked_nll(h, w, y)
+    assert torch.allclose(loss, torch.tensor(1e4 + math.log(4)))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (h, w)))
+
+
+def test_nan_is_not_hidden():
+    gpt, ids = disturbed(SMALL), tokens(1, 8)
+    with torch.no_grad(): gpt.norm.weight[0] = torch.nan
+    assert gpt(ids, targets=ids).isnan()
+
+
+@pytest.mark.parametrize('auto', [False, True])
+def test_batch_without_targets(cfg, auto):
+    gpt, ids = disturbed(replace(cfg, vocab_multiple=16)), tokens(2, 12)
+    loss, *grads = loss_and_gradients(gpt, ids, None, torch.full_like(ids, IGNORE), auto)
+    assert loss.dtype == torch.float32 and loss.item() == 0 and all((g == 0).all() for g in grads)
+
+
+class Largest(TorchDispatchMode):
+    "The most elements that any tensor made inside had"
+    n = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.n = max([self.n, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+def test_only_one_chunk_of_logits_exists():
+    h, w, y = torch.randn(512, 4, requires_grad=True), torch.randn(1000, 4, requires_grad=True), torch.randint(1000, (512,))
+    sizes = {}
+    for rows in 32, 512:
+        with Largest() as largest: chunked_nll(h, w, y, rows=rows).backward()
+        sizes[rows] = largest.n
+    assert sizes == {32: 32 * 1000, 512: 512 * 1000}
+
+
+def test_rounded_vocabulary_is_the_same_model():
+    for cfg in SHAPES['gpt2 tied'], SHAPES['qwen3 untied']:
+        gpt, wide, ids = disturbed(cfg), disturbed(replace(cfg, vocab_multiple=64)), tokens(2, 30)
+        state = {n: x if 'embed' not in n and 'head' not in n or n.startswith('pos') else F.pad(x, (0, 0, 0, 31), value=9.) for n, x in gpt.state_dict().items()}
+        wide.load_state_dict(state)
+        assert wide.head_weight.shape[0] == 128 and wide(ids).shape == (2, 30, 97) and torch.allclose(wide(ids), gpt(ids), atol=1e-5)
+        got, want = loss_and_gradients(wide, ids, None, targets(ids)), loss_and_gradients(gpt, ids, None, targets(ids))
+        close_all([g[:97] if g.ndim and len(g) == 128 else g for g in got], want, 1e-5)
+        assert all((g[97:] == 0).all() for g in got if g.ndim and len(g) == 128)
+        (config, theirs), (_, same) = to_transformers(wide), to_transformers(gpt)
+        assert config['vocab_size'] == 97 and all(torch.equal(theirs[n], same[n]) for n in same)
+        assert torch.allclose(library_model(config, theirs)(ids).logits, gpt(ids), atol=1e-4)
+
+
+def bytes_kept(gpt, ids):
+    "What the forward pass keeps for the backward pass, without the weights"
+    kept, own = {}, {p.untyped_storage().data_ptr() for p in gpt.parameters()}
+    def note(x):
+        if x.untyped_storage().data_ptr() not in own: kept[x.untyped_storage().data_ptr()] = (x.untyped_storage().nbytes(), x)
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): loss = gpt(ids, targets=ids)
+    return sum(n for n, _ in kept.values()), loss
+
+
+@pytest.mark.parametrize('dropout', [0., 0.2])
+def test_recomputing_gives_the_same_for_less_memory(cfg, dropout):
+    ids, out = tokens(2, 40), []
+    for again in False, True:
+        gpt = disturbed(replace(cfg, n_layer=4, dropout=dropout, recompute=again)).train()
+        torch.manual_seed(5)
+        kept, loss = bytes_kept(gpt, ids)
+        torch.manual_seed(5)
+        out.append((kept, loss_and_gradients(gpt, ids, None, ids)))
+    assert out[1][0] < out[0][0] / 3
+    assert all(torch.equal(a, b) for a, b in zip(out[0][1], out[1][1])), 'to the bit, dropout included'
+
+
+def test_kernels_by_name():
+    q, k, v = torch.randn(3, 1, 2, 16, 8)
+    want = attend(q, k, v, causal=True)
+    for name in 'auto', 'math', 'flash', 'cudnn': # the last is not for CPUs: another steps in
+        with plainly(), attention_kernel(name): assert torch.allclose(attend(q, k, v, causal=True), want, atol=1e-6)
+    with pytest.raises(UserError, match="did you mean 'flash'"), attention_kernel('flush'): pass
+    for bias in None, torch.full((16, 16), -torch.inf).triu(1):
+        times = kernel_times(q, k, v, bias, rounds=1)
+        assert 'math' in times and 'cudnn' not in times and min(times.values()) > 0
+    assert pick_attention(SMALL, 2, torch.device('cpu'), torch.bfloat16, masked=True) == 'auto'
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.parametrize('masked', [False, True])
+def test_kernel_is_picked_on_a_gpu(masked):
+    assert pick_attention(SMALL, 2, torch.device('cuda'), 'bf16', masked) in ('flash', 'cudnn', 'efficient', 'math')

@@ -7,7 +7,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from lm_nb.core import UserError
 from lm_nb.model import GPT, GPTConfig
-from lm_nb.optim import Muon, OptimConfig, lr_factor, make_optimizers, orthogonalize, orthogonalize_all, product_dtype, roles, set_lr
+from lm_nb.optim import (Muon, OptimConfig, default_batch_tokens, default_lr, lr_factor, make_optimizers, orthogonalize, orthogonalize_all,
+    product_dtype, roles, set_lr, worked_out)
 
 torch.set_num_threads(1)
 SHAPES = [(16, 16), (48, 16), (16, 48), (16, 16), (1, 16), (16, 1), (48, 16), (7, 5)]
@@ -24,7 +25,7 @@ def train(model, optimizers, steps):
 
 def same(a, b): return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
-def naive_muon(p, g, m, lr, mu, decay):
+def naive_muon(p, g, m, lr, mu, decay, cautious=False):
     "The paper's step for one matrix, with its own loop, in double precision"
     m.mul_(mu).add_(g, alpha=1 - mu)
     X = ((1 - mu) * g + mu * m).double()
@@ -33,23 +34,27 @@ def naive_muon(p, g, m, lr, mu, decay):
     X = X / X.norm()
     for _ in range(5): X = 3.4445*X - 4.7750*(X @ X.T) @ X + 2.0315*(X @ X.T) @ (X @ X.T) @ X
     X = X.T if tall else X
-    p.mul_(1 - lr*decay).sub_(lr * max(1, p.shape[0]/p.shape[1])**0.5 * X.to(p.dtype))
+    for i in range(p.shape[0]):
+        for j in range(p.shape[1]):
+            if not cautious or p[i, j] * X[i, j] > 0: p[i, j] *= 1 - lr*decay
+    p.sub_(lr * max(1, p.shape[0]/p.shape[1])**0.5 * X.to(p.dtype))
 
-def test_stacks_equal_a_loop_over_matrices():
+@pytest.mark.parametrize('cautious', [False, True])
+def test_stacks_equal_a_loop_over_matrices(cautious):
     "Batching, transposing and baddbmm change nothing beyond rounding, over several steps with momentum and decay"
     ours = [nn.Parameter(rand(*s, seed=i)) for i, s in enumerate(SHAPES)]
     theirs, means = [p.detach().clone() for p in ours], [torch.zeros(s) for s in SHAPES]
-    o = Muon(ours, lr=0.1, weight_decay=0.2, momentum=0.9, dtype=torch.float32)
+    o = Muon(ours, lr=0.1, weight_decay=0.2, momentum=0.9, dtype=torch.float32, cautious=cautious)
     for step in range(4):
         for i, p in enumerate(ours): p.grad = rand(*p.shape, seed=100*step + i)
-        for p, q, m in zip(ours, theirs, means): naive_muon(q, p.grad, m, 0.1, 0.9, 0.2)
+        for p, q, m in zip(ours, theirs, means): naive_muon(q, p.grad, m, 0.1, 0.9, 0.2, cautious)
         o.step()
     for p, q in zip(ours, theirs): torch.testing.assert_close(p.detach(), q, atol=2e-4, rtol=0)
 
 @pytest.mark.parametrize('shape', [(32, 32), (96, 32), (32, 96)])
 def test_muon_follows_torchs(shape):
     a, b = (nn.Parameter(0.1*rand(*shape)) for _ in range(2))
-    ours, theirs = Muon([a], 0.02, 0.1, dtype=torch.bfloat16), torch.optim.Muon([b], 0.02, 0.1, 0.95)
+    ours, theirs = Muon([a], 0.02, 0.1, dtype=torch.bfloat16, cautious=False), torch.optim.Muon([b], 0.02, 0.1, 0.95)
     for step in range(5):
         a.grad = b.grad = rand(*shape, seed=step)
         ours.step(), theirs.step()
@@ -65,6 +70,51 @@ def test_the_scale_of_a_gradient_is_lost_and_its_sign_kept():
     G = rand(3, 8, 24)
     for scale in (1e-4, 1e5): torch.testing.assert_close(orthogonalize(scale*G), orthogonalize(G), atol=1e-4, rtol=0)
     torch.testing.assert_close(orthogonalize(-G), -orthogonalize(G))
+
+def test_cautious_decay_never_grows_a_weight_that_the_step_shrinks_less():
+    "Beside no decay, each weight ends nearer to zero or at the same place; where step and weight differ in sign it is the same place"
+    ends = {}
+    for decay in (0., 0.5):
+        p = nn.Parameter(rand(24, 16))
+        p.grad = rand(24, 16, seed=1)
+        Muon([p], 0.01, weight_decay=decay, dtype=torch.float32).step()
+        ends[decay] = p.detach()
+    start, moved = rand(24, 16), ends[0.] - rand(24, 16)
+    with_it = start * moved < 0  # the step leads towards zero
+    assert 0.3 < with_it.float().mean() < 0.7
+    torch.testing.assert_close(ends[0.5][~with_it], ends[0.][~with_it], rtol=0, atol=0)
+    torch.testing.assert_close((ends[0.5] - ends[0.])[with_it], -0.005 * start[with_it], atol=1e-6, rtol=1e-3)
+
+@pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
+@pytest.mark.parametrize('steps_before', [0, 2])
+def test_a_step_that_found_infinities_changes_no_bit(optimizer, steps_before):
+    torch.manual_seed(0)
+    model = tiny()
+    optimizers = make_optimizers(model, OptimConfig(optimizer=optimizer, weight_decay=0.1))
+    train(model, optimizers, range(steps_before))
+    def held(): return {n: p.detach().clone() for n, p in model.named_parameters()}, {(i, j, k): v.clone() for i, o in enumerate(optimizers)
+                                                                                      for j, s in enumerate(o.state.values()) for k, v in s.items()}
+    weights, state = held()
+    for p in model.parameters(): p.grad = torch.full_like(p, math.nan)
+    for o in optimizers:
+        o.found_inf = torch.tensor(1.)
+        o.step()
+    after, now = held()
+    assert all(torch.equal(weights[k], after[k]) for k in weights)
+    assert all(torch.equal(state.get(k, torch.zeros_like(v)), v) for k, v in now.items())
+    for p in model.parameters(): p.grad = torch.ones_like(p)
+    for o in optimizers: o.found_inf = torch.tensor(0.); o.step()
+    assert not any(torch.equal(weights[k], p) for k, p in model.named_parameters())
+
+def test_not_skipping_is_as_if_nobody_had_asked():
+    ends = []
+    for found in (None, torch.tensor(0.)):
+        torch.manual_seed(0)
+        model = tiny()
+        optimizers = make_optimizers(model, OptimConfig())
+        for o in optimizers: o.found_inf = found
+        ends.append(train(model, optimizers, range(3)))
+    assert same(*ends)
 
 def test_a_zero_gradient_moves_nothing():
     p = nn.Parameter(torch.ones(4, 8))
@@ -160,29 +210,65 @@ def test_both_start_by_lowering_the_loss():
         before = loss(m)
         assert loss(train(m, make_optimizers(m, OptimConfig(optimizer=optimizer)), [0]*10)) < before - 0.1
 
+def _learn(model, optimizers, rank, world):
+    "Three steps on the global batch: each rank reads its rows"
+    for s in range(3):
+        x = torch.randint(0, 19, (4, 17), generator=torch.Generator().manual_seed(s))[rank::world]
+        nn.functional.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()).backward()
+        for o in optimizers: o.step(), o.zero_grad()
+
 def _rank(rank, folder):
+    from torch.distributed.fsdp import fully_shard
     torch.set_num_threads(1)
     torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = tiny()
-    wrapped = nn.parallel.DistributedDataParallel(model)
-    optimizers = make_optimizers(wrapped, OptimConfig())
-    for s in range(3):
-        x = torch.randint(0, 19, (4, 17), generator=torch.Generator().manual_seed(2*s + rank))
-        nn.functional.cross_entropy(wrapped(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()).backward()
-        for o in optimizers: o.step(), o.zero_grad()
-    torch.save(model.state_dict(), f'{folder}/{rank}.pt')
+    for kind in ('ddp', 'fsdp'):
+        torch.manual_seed(0)
+        model = tiny(d_ff=33)  # three rows of 33 do not halve
+        if kind == 'ddp': wrapped = nn.parallel.DistributedDataParallel(model)
+        else:
+            for block in model.blocks: fully_shard(block)
+            wrapped = fully_shard(model)
+        optimizers = make_optimizers(wrapped, OptimConfig(weight_decay=0.1))
+        _learn(wrapped, optimizers, rank, 2)
+        if kind == 'fsdp':
+            means = [s['momentum_buffer'] for s in optimizers[0].state.values()]
+            assert means and all(m.to_local().numel() <= m.numel() // 2 + m.size(1) for m in means)  # memory is shared out
+            assert all(m.placements == p.placements for p, s in optimizers[0].state.items() for m in [s['momentum_buffer']])
+        whole = {k: v.full_tensor() if kind == 'fsdp' else v for k, v in model.state_dict().items()}
+        torch.save(whole, f'{folder}/{kind}{rank}.pt')
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     os._exit(0)
 
-def test_two_ranks_stay_equal(tmp_path):
-    "Each reads its own rows; after each step both hold the same weights"
+def test_ranks_stay_equal_and_equal_one_process(tmp_path):
+    "Each reads its own rows. Whole or sharded, after three steps all hold what one process would"
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)
-    a, b = (torch.load(tmp_path/f'{r}.pt', weights_only=True) for r in range(2))
-    assert all(torch.equal(a[k], b[k]) for k in a)
     torch.manual_seed(0)
-    assert not torch.equal(a['embed.weight'], tiny().embed.weight)
+    alone = tiny(d_ff=33)
+    start = copy.deepcopy(alone.state_dict())
+    _learn(alone, make_optimizers(alone, OptimConfig(weight_decay=0.1)), 0, 1)
+    for kind in ('ddp', 'fsdp'):
+        a, b = (torch.load(tmp_path/f'{kind}{r}.pt', weights_only=True) for r in range(2))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+        for k, v in alone.state_dict().items(): assert (a[k] - v).norm() < 0.05 * (v - start[k]).norm() + 1e-5, (kind, k)
+
+def test_what_a_recipe_leaves_open_is_worked_out():
+    shape, left = GPTConfig(), dict(lr=None, muon_lr=None, weight_decay=None, warmup=None)
+    full = worked_out(OptimConfig(**left), shape, 2_000_000)
+    assert None not in vars(full).values() and full == worked_out(full, shape, 10**9)  # settled: nothing moves any more
+    assert worked_out(OptimConfig(**left | dict(warmup=3)), shape, 2_000_000).warmup == 3
+    one = worked_out(OptimConfig(**left | dict(optimizer='adamw', lr=1e-3)), shape, 10_000_000)
+    assert one.lr == 1e-3 and math.isclose(one.weight_decay, min(0.1, 1 / (1e-3 * (10_000_000 // default_batch_tokens(shape, 10_000_000)))))
+
+def test_larger_models_take_shorter_steps_and_longer_runs_larger_batches():
+    shapes = [GPTConfig(d_model=d, n_layer=n) for d, n in ((64, 2), (128, 4), (768, 12), (4096, 32))]
+    for optimizer in ('muon', 'adamw'):
+        rates = [default_lr(s, optimizer) for s in shapes]
+        assert rates == sorted(rates, reverse=True) and all(0 < r < 0.01 for r in rates)
+    for tokens in (1, 10**4, 10**6, 10**9, 10**12):
+        batch = default_batch_tokens(shapes[1], tokens)
+        assert batch % 160 == 0 and batch >= 160 and batch <= default_batch_tokens(shapes[1], 10 * tokens)
+        assert tokens < 750 * 160 or tokens // batch >= 750
 
 plans = st.builds(OptimConfig, schedule=st.sampled_from(['wsd', 'cosine']), warmup=st.integers(0, 50), cooldown=st.floats(0, 1), final_lr=st.floats(0, 1))
 

@@ -270,7 +270,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoints(tmp_p
         if step == 5:
             with torch.no_grad(): next(gpt.parameters()).fill_(float('nan'))
         return uneven(step)
-    with pytest.raises(UserError, match='train: the .* is nan at step .*lower lr') as e: train(gpt, spoil, cfg(20, log_every=10, save_every=1), tmp_path)
+    with pytest.raises(UserError, match='train: the loss is nan at step .*Lower lr') as e: train(gpt, spoil, cfg(20, log_every=10, save_every=1), tmp_path)
     assert '\n' not in str(e.value)
     saved = train(small(), uneven, cfg(20, log_every=10, save_every=1), tmp_path)
     assert saved['loss'] < 5 and not list((tmp_path/'checkpoints').glob('*.bad'))

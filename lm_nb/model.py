@@ -24,6 +24,15 @@ from einops import rearrange, repeat
 from .core import UserError, check, nearest
 from .shards import IGNORE
 
+# %% ../nbs/06_model.ipynb #535d7b71
+def _heads_for(d_model, n_kv_head=None, d_head=None):
+    "The number of heads nearest to heads of 64 (32 up to a width of 256) that divides what it has to divide"
+    want, groups = d_model / (d_head or (32 if d_model <= 256 else 64)), n_kv_head or 1
+    if min(d_model, groups, want) <= 0: return 1 # refused below, in words
+    fit = [n for n in range(groups, 4096, groups) if d_head or d_model % n == 0]
+    even = [n for n in fit if d_head or d_model // n % 2 == 0] # rotary positions turn pairs
+    return min(even or fit or [max(1, round(want))], key=lambda n: max(n / want, want / n))
+
 # %% ../nbs/06_model.ipynb #a93dacd1
 def _check_shape(c):
     known = 'gpt2', 'qwen3'
@@ -48,7 +57,7 @@ class GPTConfig:
     vocab_size: int = 2048 # V, number of ids
     context: int = 160 # most tokens in a row
     n_layer: int = 4 # L, number of blocks
-    n_head: int = 4 # H, query heads in a block
+    n_head: int | None = None # H, query heads in a block; heads of 64, or 32 up to a width of 256, if not given
     d_model: int = 128 # D, width of the residual stream
     n_kv_head: int | None = None # key and value heads; n_head if not given (qwen3)
     d_head: int | None = None # K, width of a head; d_model / n_head if not given (qwen3)
@@ -61,7 +70,9 @@ class GPTConfig:
     vocab_multiple: int = 1 # rows of the embedding and the head are rounded up to a multiple of this; 128 suits a GPU
     recompute: bool = False # forget the inside of each block after the forward pass, compute it again in the backward pass
 
-    def __post_init__(self): _check_shape(self)
+    def __post_init__(self):
+        if self.n_head is None: object.__setattr__(self, 'n_head', _heads_for(self.d_model, self.n_kv_head, self.d_head))
+        _check_shape(self)
     @property
     def kv_heads(self) -> int: return self.n_head if self.n_kv_head is None else self.n_kv_head
     @property

@@ -65,7 +65,7 @@ def stage_plan(
     "The arithmetic of a stage: everything but its time"
     stage, cfg = getattr(recipe, name), recipe.model
     micro, micros = split_rows(recipe, stage, ranks)
-    how = dict(optimizer=stage.optimizer, dtype=dtype, device=device.type, micros=micros, ranks=ranks, parallel=getattr(stage, 'parallel', 'ddp'))
+    how = dict(optimizer=stage.optimizer, dtype=dtype, device=device.type, micros=micros, ranks=ranks, parallel=stage.parallel, shards=stage.shards)
     flops = sum(step_flops(cfg, rows(recipe, stage)*cfg.context, stage.optimizer).values())
     return StagePlan(name, stage.tokens, stage.steps, micro, micros, flops*stage.steps, memory(cfg, micro, **how), largest_rows(cfg, bytes, **how))
 

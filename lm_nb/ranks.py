@@ -46,7 +46,7 @@ def launch_env(
 ) -> dict: # environment variables
     "What launcher and ranks find in their environment"
     threads = str(max(1, (os.cpu_count() or 1)//nproc))
-    return {'OMP_NUM_THREADS': threads, **os.environ, 'LM_NB_TIMEOUT': str(timeout), 'PYTHONUNBUFFERED': '1',
+    return {'OMP_NUM_THREADS': threads, **os.environ, 'LM_NB_TIMEOUT': str(timeout),
             'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}  # or the ranks' store dies with the attempt, and a restart stalls
 
 # %% ../nbs/07c_ranks.ipynb #0a25d2ac
@@ -110,6 +110,7 @@ def init_ranks(
     "Join the other ranks if a launcher started us, else be the only one"
     if 'RANK' not in os.environ: return Ranks()
     import torch.distributed as dist
+    for out in (sys.stdout, sys.stderr): out.reconfigure(line_buffering=True)  # lines of several ranks do not mix
     ranks = Ranks(*(int(os.environ[k]) for k in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')))
     if device.type == 'cuda': torch.cuda.set_device(ranks.local_rank)
     if not dist.is_initialized(): dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=time_out(timeout))
@@ -200,6 +201,7 @@ def lost_ranks(
     import torch.distributed as dist
     try: yield
     except RuntimeError as e:
+        time.sleep(.3)  # the launcher looks ten times a second: let it find the guilty one first
         reason = re.search(r'(Connection [a-z ]+|Timed out[^\[\n]*|NCCL[^\n]*|Broken pipe)', str(e))
         if ranks.world == 1 or not (isinstance(e, dist.DistError) or 'gloo' in str(e)): raise
         raise Lost(f'rank {ranks.rank} of {ranks.world} has lost the others ({reason[1].strip() if reason else str(e).splitlines()[0]}); the last checkpoint is intact') from None

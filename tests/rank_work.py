@@ -4,9 +4,11 @@ from pathlib import Path
 
 import torch
 
+from lm_nb.checkpoint import Saver, run_state
 from lm_nb.core import UserError
 from lm_nb.model import GPT, GPTConfig
-from lm_nb.ranks import Ranks, close_ranks, init_ranks, lost_ranks, unwrap
+from lm_nb.optim import make_optimizers
+from lm_nb.ranks import Ranks, agree, close_ranks, init_ranks, lost_ranks, sync_on_last, unwrap, whole, wrap
 from lm_nb.shards import IGNORE, Batch, Order
 from lm_nb.train import TrainConfig, train
 
@@ -30,10 +32,18 @@ def batches(ranks, micro_rows=None, pause=0.):
     return at
 
 
-def digest(gpt, ranks):
-    "One fingerprint of all weights"
-    whole = unwrap(gpt, ranks).state_dict()
-    return hashlib.sha256(b''.join(t.detach().cpu().numpy().tobytes() for t in whole.values())).hexdigest()
+def digest(tensors):
+    "One fingerprint of named tensors, whole ones or spread over ranks"
+    h = hashlib.sha256()
+    for name in sorted(tensors):
+        h.update(name.encode())
+        h.update(whole(tensors[name].detach()).cpu().contiguous().numpy().tobytes())
+    return h.hexdigest()
+
+
+def model(job):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{**SHAPE, **job.get('model', {})}))
 
 
 def settings(job):
@@ -41,31 +51,72 @@ def settings(job):
     return TrainConfig(**{**own, 'batch_tokens': ROWS*16, 'tokens': ROWS*16*job.get('steps', 20), **job.get('cfg', {})})
 
 
-def work(job, ranks=Ranks()):
-    "Train to `until` of the job's steps; what the test wants to know as JSON"
-    torch.manual_seed(0)
-    gpt = GPT(GPTConfig(**{**SHAPE, **job.get('model', {})}))
-    cfg, folder, seen = settings(job), Path(job['folder']), []
+def learn(job, ranks=Ranks()):
+    "Train to step `until`"
+    gpt, cfg, seen = model(job), settings(job), []
     feed = batches(ranks, cfg.micro_rows, job.get('pause', 0.))
     def watched(step):
         seen.append(step)
         return feed(step)
     until = job.get('until', cfg.steps)
-    try: train(gpt, watched, cfg, folder, ranks=ranks, stop=lambda: len(seen) > 0 and max(seen) + 1 >= until)
+    try: train(gpt, watched, cfg, job['folder'], ranks=ranks, stop=lambda: seen[-1] + 1 >= until)
     except UserError as e:
         if 'and saved' not in str(e): raise
-    return dict(first=min(seen, default=None), weights=digest(gpt, ranks), sharded=any(hasattr(p, 'full_tensor') for p in gpt.parameters()))
+    return dict(first=min(seen, default=None), weights=digest(unwrap(gpt, ranks).state_dict()), sharded=any(hasattr(p, 'full_tensor') for p in gpt.parameters()))
+
+
+def peek(job, ranks=Ranks()):
+    "Load the newest checkpoint on these ranks, and write it again elsewhere: what it holds, and what comes back"
+    def hold():
+        gpt, cfg = model(job), settings(job)
+        wrap(gpt, cfg.parallel, ranks, CPU, cfg.shards)
+        return gpt, make_optimizers(gpt, cfg)
+    own = hold()
+    step, extra = Saver(Path(job['folder'])/'checkpoints', *own, ranks=ranks).load()
+    with Saver(Path(job['folder'])/f'copy-{ranks.world}', *own, ranks=ranks) as saver: saver.save(step, extra)
+    again = hold()
+    Saver(Path(job['folder'])/f'copy-{ranks.world}', *again, ranks=ranks).load()
+    return dict(step=step, weights=digest(unwrap(own[0], ranks).state_dict()), state=digest(run_state(*own)), again=digest(run_state(*again)))
+
+
+def exchanges(job, ranks):
+    "How often ranks exchange gradients in a step of so many micro-batches, and whether they do before the last one"
+    counts = {}
+    for micros in 1, 3:
+        gpt, cfg = model(job), settings(job)
+        net = wrap(gpt, cfg.parallel, ranks, CPU, cfg.shards)
+        parts = [b for step in range(micros) for b in batches(ranks)(step)]
+        for warm in True, False:  # the first step builds buckets
+            before = []
+            with torch.profiler.profile() as prof:
+                for i, b in enumerate(parts):
+                    with sync_on_last(net, i == micros - 1): (net(b.x, targets=b.y) / 100).backward()
+                    before.append([None if p.grad is None else whole(p.grad).clone() for p in gpt.parameters()][0])
+            net.zero_grad()
+        names = 'reduce_scatter', 'allreduce', 'all_reduce'
+        counts[micros] = sum(e.count for e in prof.key_averages() if e.key.startswith('gloo:') and any(n in e.key for n in names))
+        if ranks.world > 1 and micros > 1:
+            early = before[0]
+            sums = None if early is None else [early.clone() for _ in range(ranks.world)]
+            if sums: torch.distributed.all_gather(sums, early)
+            apart = sums is None or not torch.equal(sums[0], sums[1])
+    return dict(one=counts[1], three=counts[3], apart=apart)
+
+
+def uneven(job, ranks):
+    "Ranks that do not have the same number of micro-batches"
+    agree(2 + ranks.rank, 'micro-batches in a step', ranks, CPU)
 
 
 def main(job):
     torch.set_num_threads(1)
     ranks, status = init_ranks(CPU), 0
-    Path(job['folder'], 'pids').mkdir(parents=True, exist_ok=True)
-    Path(job['folder'], 'pids', f'{ranks.rank}-{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}').write_text(str(os.getpid()))
+    pids = Path(job['folder'], 'pids')
+    pids.mkdir(parents=True, exist_ok=True)
+    (pids/f'{ranks.rank}-{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}').write_text(str(os.getpid()))
     try:
-        for one in job.get('jobs', [job]):
-            with lost_ranks(ranks): got = work(one, ranks)
-            if ranks.first: Path(one['folder'], f'told-{ranks.world}.json').write_text(json.dumps(got))
+        with lost_ranks(ranks): got = [globals()[one.get('do', 'learn')](one, ranks) for one in job['jobs']]
+        if ranks.first: Path(job['folder'], 'told.json').write_text(json.dumps(got))
     except UserError as e:
         if str(e): print(e, file=sys.stderr)
         status = e.status

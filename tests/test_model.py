@@ -130,6 +130,17 @@ def test_impossible_shapes(wrong, word):
     with pytest.raises(UserError, match=word): replace(SMALL, **wrong)
 
 
+def test_heads_work_themselves_out():
+    heads = {D: GPTConfig(d_model=D).n_head for D in (32, 128, 192, 256, 320, 384, 768, 1024, 130, 514)}
+    assert heads == {32: 1, 128: 4, 192: 6, 256: 8, 320: 5, 384: 6, 768: 12, 1024: 16, 130: 5, 514: 1}
+    assert all(GPTConfig(d_model=D).head_size * n == D for D, n in heads.items())
+    assert GPTConfig(d_model=768, n_kv_head=4).n_head == 12 and GPTConfig(d_model=512, n_kv_head=3, d_head=64).n_head == 9
+    assert GPTConfig(d_model=512, n_head=4).n_head == 4 and GPTConfig('gpt2', d_model=65).n_head in (1, 5)
+    for wrong, word in (dict(d_model=0), 'd_model'), (dict(n_kv_head=0), 'n_kv_head'), (dict(d_model=33), 'odd'), (dict(n_kv_head=7), 'n_kv_head'):
+        with pytest.raises(UserError, match=word): GPTConfig(**wrong)
+    assert GPTConfig(d_model=10**15).n_head >= 1, 'at once'
+
+
 def test_unreadable_ids():
     gpt = GPT(SMALL)
     for ids, word in ((tokens(1, 65), '65'), (torch.full((1, 3), 97), '96'), (torch.full((1, 3), -1), '-1'), (tokens(5), 'shape'), (tokens(2, 0), 'shape')):
@@ -230,8 +241,7 @@ def test_dropout_only_in_training(auto):
     assert abs(kept - 1) < 0.02, 'what is dropped is made up for'
 
 
-@pytest.mark.parametrize('arch, auto, packed, recompute, backend', [('gpt2', True, True, False, 'eager'), ('gpt2', False, False, False, 'eager'),
-    ('qwen3', True, True, True, 'aot_eager'), ('qwen3', True, False, False, 'eager')])
+@pytest.mark.parametrize('arch, auto, packed, recompute, backend', [('gpt2', False, False, False, 'eager'), ('qwen3', True, True, True, 'aot_eager')])
 def test_training_compiles_to_one_graph(arch, auto, packed, recompute, backend):
     gpt, ids = disturbed(replace(SMALL, arch=arch, n_layer=1, vocab_multiple=8, recompute=recompute)).train(), tokens(2, 20)
     doc, y = (torch.arange(20) // 7).expand(2, 20) if packed else None, targets(ids)
@@ -241,12 +251,6 @@ def test_training_compiles_to_one_graph(arch, auto, packed, recompute, backend):
         grads.append((loss.detach(), *torch.autograd.grad(loss, list(gpt.parameters()))))
     close_all(*grads, far=0.05 if auto else 1e-5)
     assert compiled(ids, targets=torch.full_like(y, IGNORE)) == 0
-
-
-@torch.no_grad()
-def test_logits_compile_to_one_graph():
-    gpt, ids = disturbed(replace(SMALL, vocab_multiple=8)), tokens(2, 20)
-    assert (torch.compile(gpt, backend='eager', fullgraph=True)(ids) - gpt(ids)).abs().max() < 1e-5
 
 
 @torch.no_grad()
@@ -384,13 +388,13 @@ def test_only_one_chunk_of_logits_exists():
 
 def test_rounded_vocabulary_is_the_same_model():
     for cfg in SHAPES['gpt2 tied'], SHAPES['qwen3 untied']:
-        gpt, wide, ids = disturbed(cfg), disturbed(replace(cfg, vocab_multiple=64)), tokens(2, 30)
-        state = {n: x if 'embed' not in n and 'head' not in n or n.startswith('pos') else F.pad(x, (0, 0, 0, 31), value=9.) for n, x in gpt.state_dict().items()}
+        gpt, wide, ids = disturbed(cfg), disturbed(replace(cfg, vocab_multiple=50)), tokens(2, 30)
+        state = {n: x if 'embed' not in n and 'head' not in n or n.startswith('pos') else F.pad(x, (0, 0, 0, 3), value=9.) for n, x in gpt.state_dict().items()}
         wide.load_state_dict(state)
-        assert wide.head_weight.shape[0] == 128 and wide(ids).shape == (2, 30, 97) and torch.allclose(wide(ids), gpt(ids), atol=1e-5)
+        assert wide.head_weight.shape[0] == 100 and wide(ids).shape == (2, 30, 97) and torch.allclose(wide(ids), gpt(ids), atol=1e-5)
         got, want = loss_and_gradients(wide, ids, None, targets(ids)), loss_and_gradients(gpt, ids, None, targets(ids))
-        close_all([g[:97] if g.ndim and len(g) == 128 else g for g in got], want, 1e-5)
-        assert all((g[97:] == 0).all() for g in got if g.ndim and len(g) == 128)
+        close_all([g[:97] if g.ndim and len(g) == 100 else g for g in got], want, 1e-5)
+        assert all((g[97:] == 0).all() for g in got if g.ndim and len(g) == 100)
         (config, theirs), (_, same) = to_transformers(wide), to_transformers(gpt)
         assert config['vocab_size'] == 97 and all(torch.equal(theirs[n], same[n]) for n in same)
         assert torch.allclose(library_model(config, theirs)(ids).logits, gpt(ids), atol=1e-4)

@@ -1,25 +1,19 @@
 """Several processes: they learn what one learns, go on as if nothing had happened when one dies, and never wait forever"""
-import json, os, random, re, signal, sys, threading, time
+import json, os, random, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import pytest, torch
 
-import rank_work
-from lm_nb.core import UserError
-from lm_nb.ranks import Ranks, launch
+import rank_work, soak
+from lm_nb.ranks import launch
 from lm_nb.train import read_log
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason='this torch cannot run several ranks')
 WORK = Path(rank_work.__file__)
-SOAK = bool(os.environ.get('LM_NB_SOAK'))
-
-
-def count(few, full): return full if SOAK else few
-
-
-def record(**what):
-    if path := os.environ.get('LM_NB_SOAK_LOG'):
-        with open(path, 'a', encoding='utf-8') as f: f.write(json.dumps(what) + '\n')
+KINDS = [dict(parallel='ddp'), dict(parallel='fsdp'), dict(parallel='hsdp', shards=1), dict(parallel='ddp', micro_rows=2), dict(parallel='fsdp', micro_rows=2)]
+BOTH = 'ddp', 'fsdp'
+KILLS = soak.count(1, 10)
+LONG = dict(steps=60*max(1, KILLS//3), model=dict(dropout=.1))   # the runs that get hurt
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -32,77 +26,160 @@ def quiet():
     for k, v in own.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
 
 
-def start(jobs, nproc, **how):
+def start(folder, jobs, nproc, **how):
     "Run jobs on ranks; (exit status, lines written)"
-    job, lines = dict(jobs[0], jobs=jobs), []
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    job, lines = dict(folder=str(folder), jobs=[{'folder': str(folder), **j} for j in jobs]), []
     return launch(WORK, [json.dumps(job)], nproc, show=lines.append, **{'max_restarts': 0, 'timeout': 60, **how}), lines
 
 
-def told(folder, n): return json.loads((Path(folder)/f'told-{n}.json').read_text())
+def well(folder, jobs, nproc, **how):
+    "Run jobs on ranks; what they found"
+    status, lines = start(folder, jobs, nproc, **how)
+    assert status == 0, '\n'.join(lines[-30:])
+    return json.loads((Path(folder)/'told.json').read_text())
+
+
 def losses(folder): return [r['loss'] for r in read_log(folder)]
 def hexes(folder): return [(r['step'], float.hex(r['loss']), float.hex(r['grad_norm'])) for r in read_log(folder)]
+def furthest(a, b): return max(abs(x - y)/x for x, y in zip(a, b, strict=True))
 
+
+# ------------------------------------------------------------------ the same numbers on any number of ranks
+
+@pytest.fixture(scope='module')
+def pair(tmp_path_factory):
+    "What two ranks find when nothing happens to them, in one start: (folder, results by job)"
+    desk = tmp_path_factory.mktemp('pair')
+    jobs = {str(k): dict(cfg=k) for k in KINDS}
+    jobs |= {f'calm {p}': dict(LONG, cfg=dict(parallel=p, save_every=5)) for p in BOTH}
+    jobs |= {f'exchanges {p}': dict(do='exchanges', cfg=dict(parallel=p)) for p in BOTH}
+    return desk, dict(zip(jobs, well(desk, [dict(j, folder=str(desk/name)) for name, j in jobs.items()], 2)))
+
+
+def test_two_ranks_of_any_kind_learn_what_one_does(pair, tmp_path):
+    desk, found = pair
+    rank_work.learn(dict(folder=str(tmp_path)))
+    one = losses(tmp_path)
+    assert len(one) == 20 and one[-1] < one[0]
+    far = {str(k): furthest(one, losses(desk/str(k))) for k in KINDS}
+    assert max(far.values()) < 1e-5, far
+    assert [found[str(k)]['sharded'] for k in KINDS] == [False, True, True, False, True]
+
+
+@pytest.mark.parametrize('parallel', BOTH)
+def test_gradients_are_exchanged_once_a_step(pair, parallel):
+    got = pair[1][f'exchanges {parallel}']
+    assert got['one'] == got['three'] > 0, got
+    assert got['apart'], 'after the first of three micro-batches the gradients are alike already'
+
+
+def test_a_run_moves_from_one_rank_to_two_to_four_and_back(tmp_path):
+    run, t0, before = tmp_path/'run', time.perf_counter(), None
+    plan = [(1, {}), (2, dict(parallel='fsdp')), (4, dict(parallel='hsdp', shards=2)), (2, dict(parallel='ddp')), (1, {})]
+    for i, (n, cfg) in enumerate(plan):
+        job = dict(folder=str(run), steps=100, cfg=cfg)
+        jobs = [dict(job, do='peek')]*(i > 0) + [dict(job, until=20*(i + 1)), dict(job, do='peek')]
+        found = [getattr(rank_work, j.get('do', 'learn'))(j) for j in jobs] if n == 1 else well(run, jobs, n)
+        *first, learned, last = found
+        if first: assert first[0]['state'] == first[0]['again'] == before, f'{n} ranks read something else than was written'
+        assert learned['first'] == 20*i and last['step'] == 20*(i + 1)
+        assert last['weights'] == learned['weights'] and last['again'] == last['state']
+        before = last['state']
+    rank_work.learn(dict(folder=str(tmp_path/'whole'), steps=100))
+    far = furthest(losses(tmp_path/'whole'), losses(run))
+    soak.record('1 → 2 → 4 → 2 → 1 ranks, 20 steps each', len(plan), 0, time.perf_counter() - t0, largest_difference=far)
+    assert len(losses(run)) == 100 and far < 1e-5
+
+
+# ------------------------------------------------------------------ ranks that die, stop, or are told to
 
 class Run(threading.Thread):
-    "A run on ranks going on beside the test"
-    def __init__(self, folder, nproc=2, **how):
+    "A run on two ranks that goes on beside the test"
+    def __init__(self, folder, job, **how):
         super().__init__(daemon=True)
-        self.folder, self.nproc, self.how = Path(folder), nproc, how
-        self.job = how.pop('job')
+        self.folder, self.job, self.how = Path(folder), job, how
         self.start()
-    def run(self): self.status, self.lines = start([dict(self.job, folder=str(self.folder))], self.nproc, **self.how)
-    def until(self, ready, seconds=60):
+    def run(self): self.status, self.lines = start(self.folder, [self.job], 2, **self.how)
+    def until(self, ready, seconds=120):
         end = time.time() + seconds
         while not ready():
-            assert self.is_alive() and time.time() < end, getattr(self, 'lines', ['timed out'])[-30:]
+            assert self.is_alive() and time.time() < end, getattr(self, 'lines', ['nothing happened in time'])[-30:]
             time.sleep(.01)
     def step(self): return max((r['step'] for r in read_log(self.folder)), default=0)
-    def pid(self, rank, attempt): return int((self.folder/'pids'/f'{rank}-{attempt}').read_text())
-    def has(self, attempt): return all((self.folder/'pids'/f'{r}-{attempt}').exists() and (self.folder/'pids'/f'{r}-{attempt}').read_text() for r in range(self.nproc))
+    def pid(self, rank, attempt):
+        note = self.folder/'pids'/f'{rank}-{attempt}'
+        return int(note.read_text() or 0) if note.exists() else 0
+    def runs(self, attempt): return self.pid(0, attempt) and self.pid(1, attempt)
+    def result(self): return json.loads((self.folder/'told.json').read_text())[0]
+    def ended(self, seconds=180):
+        self.join(seconds)
+        assert not self.is_alive() and self.status == 0, getattr(self, 'lines', ['did not end'])[-30:]
 
 
-JOB = dict(steps=60, pause=.02, model=dict(dropout=.1))
+def same(run, pair, name):
+    "The run ended as the undisturbed one: every loss, every gradient norm, all weights"
+    calm = hexes(pair[0]/name)
+    return len(calm) == LONG['steps'] and hexes(run.folder) == calm and run.result()['weights'] == pair[1][name]['weights']
 
 
-def attacked(folder, parallel, kills, seed, sig=signal.SIGKILL, **how):
-    "Kill random ranks at random steps; the seconds until training went on"
-    chance, waits = random.Random(seed), []
-    steps = JOB['steps'] * max(1, -(-kills // 3))
-    run = Run(folder, job=dict(JOB, steps=steps, cfg=dict(parallel=parallel, save_every=5)), max_restarts=kills + 2, **how)
-    for k in range(kills):
-        at = (k + 1) * steps // (kills + 1) + chance.randrange(-3, 4)
-        run.until(lambda: run.has(k) and run.step() >= at)
-        before, t0 = run.step(), time.time()
-        os.kill(run.pid(chance.randrange(2), k), sig)
-        run.until(lambda: run.has(k + 1))
-        mark = time.time()
-        run.until(lambda: (run.folder/'log.jsonl').stat().st_mtime > mark)
-        waits.append(time.time() - t0)
-    run.join(120)
-    assert run.status == 0, run.lines[-30:]
-    return waits
+@pytest.mark.parametrize('parallel', BOTH)
+def test_a_killed_rank_costs_seconds_and_nothing_else(pair, tmp_path, parallel):
+    chance, run = random.Random(parallel), Run(tmp_path, dict(LONG, pause=.02, cfg=dict(parallel=parallel, save_every=5)), max_restarts=KILLS)
+    with soak.trials(f'kill -9 of one of two ranks, {parallel}') as tally:
+        waits = []
+        for k in range(KILLS):
+            at = (k + 1)*LONG['steps']//(KILLS + 1) + chance.randrange(-4, 5)
+            run.until(lambda: run.runs(k) and run.step() >= at)
+            os.kill(run.pid(chance.randrange(2), k), signal.SIGKILL)
+            t0 = time.time()
+            run.until(lambda: run.runs(k + 1))
+            begun = time.time()
+            run.until(lambda: (run.folder/'log.jsonl').stat().st_mtime > begun)
+            waits.append(time.time() - t0)
+        run.ended()
+        tally.more['slowest_restart_s'] = round(max(waits), 1)
+        for _ in waits: tally.add(same(run, pair, f'calm {parallel}'), 'the curve or the weights differ')
 
 
-@pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
-def test_a_killed_rank_costs_seconds_and_nothing_else(tmp_path, parallel):
-    t0, kills = time.time(), count(1, 10)
-    waits = attacked(tmp_path/'hit', parallel, kills, seed=parallel)
-    steps = JOB['steps'] * max(1, -(-kills // 3))
-    status, lines = start([dict(JOB, steps=steps, pause=0, folder=str(tmp_path/'calm'), cfg=dict(parallel=parallel, save_every=5))], 2)
-    assert status == 0, lines[-30:]
-    print(waits)
-    assert hexes(tmp_path/'hit') == hexes(tmp_path/'calm') and len(hexes(tmp_path/'calm')) == steps
-    assert told(tmp_path/'hit', 2)['weights'] == told(tmp_path/'calm', 2)['weights']
-    record(what=f'kill -9 of a rank, {parallel}', count=kills, failed=0, seconds=time.time() - t0, slowest_restart=max(waits))
+def test_a_stopped_rank_is_given_up_within_the_time_out(pair, tmp_path):
+    seconds = 5
+    run = Run(tmp_path, dict(LONG, pause=.02, cfg=dict(parallel='ddp', save_every=5)), max_restarts=1, timeout=seconds)
+    with soak.trials('SIGSTOP of one of two ranks') as tally:
+        run.until(lambda: run.runs(0) and run.step() >= 12)
+        os.kill(run.pid(1, 0), signal.SIGSTOP)
+        t0, alive = time.time(), Path(f'/proc/{run.pid(0, 0)}/stat')
+        run.until(lambda: not alive.exists() or alive.read_text().rsplit(')', 1)[1].split()[0] == 'Z')
+        tally.more['given_up_after_s'] = round(time.time() - t0, 1)
+        if not soak.FULL: os.kill(run.pid(1, 0), signal.SIGKILL)  # the launcher would do it, after 30 s
+        run.ended()
+        assert [l for l in run.lines if 'rank 0 of 2 has lost the others (Timed out' in l], run.lines
+        assert not [l for l in run.lines if 'Traceback' in l], run.lines
+        tally.add(same(run, pair, 'calm ddp') and tally.more['given_up_after_s'] < 2*seconds + 5, tally.more)
 
 
-def test_a_stopped_rank_is_given_up_within_the_time_out(tmp_path):
-    run = Run(tmp_path/'run', job=dict(JOB, cfg=dict(save_every=5)), max_restarts=1, timeout=5)
-    run.until(lambda: run.step() >= 12)
-    os.kill(run.pid(1, 0), signal.SIGSTOP)
+def test_ctrl_c_reaches_the_ranks_and_they_save(pair, tmp_path):
+    job = dict(folder=str(tmp_path), jobs=[dict(LONG, folder=str(tmp_path), pause=.02, cfg=dict(parallel='ddp'))])
+    code = f'from lm_nb.ranks import launch; launch({str(WORK)!r}, [{json.dumps(job)!r}], 2, max_restarts=0)'
+    with subprocess.Popen([sys.executable, '-c', code], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as p:
+        end = time.time() + 120
+        while len(read_log(tmp_path)) < 7 and p.poll() is None and time.time() < end: time.sleep(.01)
+        p.send_signal(signal.SIGINT)
+        out = p.communicate(timeout=120)[0]
+    kept = sorted((tmp_path/'checkpoints').glob('step-*'))
+    assert p.returncode != 0 and len(kept) == 1, out
+    assert 7 <= int(kept[0].name[5:]) < LONG['steps'], out
+
+
+def test_runs_on_two_ranks_end_with_status_0(tmp_path):
+    with soak.trials('two-rank runs that end with status 0') as tally:
+        for i in range(soak.count(1, 100)):
+            status, lines = start(tmp_path/str(i), [dict(steps=3, cfg=dict(parallel=BOTH[i % 2]))], 2)
+            tally.add(status == 0, lines[-5:])
+
+
+def test_ranks_that_differ_in_their_micro_batches_are_told_and_nobody_waits(tmp_path):
     t0 = time.time()
-    run.until(lambda: run.has(1), 30)
-    waited = time.time() - t0
-    run.join(60)
-    print(waited, run.lines)
-    assert run.status == 0
+    status, lines = start(tmp_path, [dict(do='uneven')], 2)
+    assert status == 2 and 'ranks differ in the number of micro-batches in a step: 2 and 3' in '\n'.join(lines)
+    assert time.time() - t0 < 60  # the time-out, at which a rank that waits would have given up

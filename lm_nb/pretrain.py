@@ -26,7 +26,7 @@ from .shards import MixtureBatches, PretrainBatches, Shards, eval_batches, write
 from .instructions import read_instructions
 from .model import GPT, GPTConfig, attention_weights
 from .optim import worked_out
-from .ranks import Ranks, close_ranks, init_ranks, on_first, unwrap
+from .ranks import Ranks, close_ranks, init_ranks, lost_ranks, on_first, unwrap
 from .checkpoint import open_run, run_lock, save_model
 from .train import FREE, TrainConfig, mixed, train
 from .generate import complete
@@ -401,9 +401,9 @@ def stage_main(
         recipe = load_recipe(argv[0], [o for o in overrides if not o.startswith('run_dir=')])
         ranks = init_ranks(pick_device(recipe.pretrain.device))
         on_first(ranks, lambda: run_folder(recipe, run_dir))
-        stage(recipe, Path(run_dir) if run_dir else root()/'runs'/recipe.name, ranks)
+        with lost_ranks(ranks): stage(recipe, Path(run_dir) if run_dir else root()/'runs'/recipe.name, ranks)
     except UserError as e:
-        if str(e): print(f'lm-nb: {e}', file=sys.stderr)
+        if str(e): print('lm-nb:', *str(e).splitlines(), file=sys.stderr)  # one line, whatever a name or a value may hold
         status = e.status
     close_ranks(status)
     return status

@@ -22,7 +22,7 @@ from .shards import IGNORE, Ahead, Batch, mix
 from .model import GPT
 from .optim import OptimConfig, lr_factor, make_optimizers, set_lr
 from .estimate import largest_rows, memory, memory_room, size
-from .ranks import Ranks, all_sum, any_rank, clip_norm, on_first, sync_on_last, wrap
+from .ranks import Ranks, agree, all_sum, any_rank, clip_norm, on_first, sync_on_last, time_out, wrap
 from .checkpoint import Saver, checkpoints, differing
 
 # %% ../nbs/09_train.ipynb #6b96d3d9
@@ -504,9 +504,10 @@ def train(
     if device.type == 'cpu': keep_buffers()
     model = wrap(gpt.to(device).train(), cfg.parallel, ranks, device, cfg.shards)
     optimizers, scaler = make_optimizers(gpt, cfg), torch.amp.GradScaler(device.type, enabled=dtype == 'fp16')
-    saver = Saver(folder/'checkpoints', gpt, optimizers, scaler, ranks, cfg.keep_last, cfg.keep_every)
+    saver = Saver(folder/'checkpoints', gpt, optimizers, scaler, ranks, cfg.keep_last, cfg.keep_every, timeout=time_out().total_seconds())
     start, left = saver.load() or (0, {})
     if start >= cfg.steps: return saver.close() or {}  # done before
+    if cfg.parallel != 'ddp': agree(len(batches(start)), 'micro-batches in a step', ranks, device)  # sharded weights are gathered in every forward pass
     if cfg.compile: model = torch.compile(model, dynamic=False)
     log, meter, last = RunLog(folder, start, on=ranks.first), Meter(gpt, cfg, device, dtype, left.get('point'), ranks.world), {}
     guard = Guard(cfg, folder, getattr(batches, 'documents', lambda step: []), ranks, desc, left.get('skipped', 0))

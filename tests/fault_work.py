@@ -1,0 +1,361 @@
+"""Scenes of tests/test_faults.py, each in a process of its own: real training that is stopped, killed, starved and misled.  python fault_work.py SCENE FOLDER
+
+A scene imports everything once and forks a process for each run, so that a run that dies costs a fraction of a second."""
+import contextlib, io, json, os, random, resource, signal, sys, time
+from pathlib import Path
+
+os.environ['IN_TEST'] = '1'
+
+import torch
+import torch.utils.tensorboard  # noqa: F401  before forking: it is slow
+import soak
+from lm_nb import checkpoint, cli, cleaning, core, packing, poems, pretrain, sft, train, workbook  # noqa: F401
+from lm_nb.checkpoint import checkpoints, damage
+from lm_nb.core import UserError, sha256
+from lm_nb.pretrain import load_recipe, run_folder
+from lm_nb.train import Interrupted, read_log
+
+INI = '''[tiny]
+text = text.txt
+instructions = ask.jsonl
+dtype = fp32
+device = cpu
+kind = bpe
+vocab_size = 330
+context = 32
+n_layer = 1
+n_head = 2
+d_model = 32
+dropout = 0.1
+batch_tokens = 160
+micro_rows = 2
+pretrain.tokens = 6400
+sft.tokens = 4800
+replay = 0.2
+valid_share = 0.1
+warmup = 2
+log_every = 1
+eval_every = 9
+sample_every = 0
+save_every = 3
+'''  # 5 rows a step in three micro-batches; 40 and 30 steps
+
+
+def desk(folder):
+    "Go to a folder with a recipe, a text and instruction records"
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = [(p, t, 1800 + 10*i + j) for i, p in enumerate('Ada Bela Cora Dora Edna Fay Gail Hope Iris'.split())
+             for j, t in enumerate('林城 海门 青山 石桥 Rivertown Hillford Oakham'.split())]
+    (folder/'settings.ini').write_text(INI)
+    (folder/'text.txt').write_text(''.join(f'{p} came to {t} in {y}. {p} 在 {y} 年来到 {t}。\n' for p, t, y in facts), encoding='utf-8')
+    (folder/'ask.jsonl').write_text(''.join(json.dumps(dict(instruction=f'When did {p} come?', input=t, output=f'In {y}.')) + '\n' for p, t, y in facts))
+    os.chdir(folder)
+    return folder
+
+
+# ------------------------------------------------------------------ runs
+
+def stage(name, run, *words):
+    "Train one stage; what it needs is made before"
+    recipe = load_recipe('tiny', words)
+    return dict(pretrain=pretrain.pretrain, sft=sft.sft)[name](recipe, run_folder(recipe, run))
+
+
+def shell(*words):
+    "The command line, as somebody's process: exit status and what it said last"
+    try: return cli.main(list(words))
+    except SystemExit as e: return e.code
+
+
+def child(f, *args, said=None):
+    "Fork a process that calls f and ends with what it returns (none: 0); its output goes into the file `said`. Gives its id"
+    sys.stdout.flush(), sys.stderr.flush()
+    if pid := os.fork(): return pid
+    status = 99
+    try:
+        fd = os.open(said or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(fd, 1), os.dup2(fd, 2)
+        sys.stdout, sys.stderr = (open(k, 'w', buffering=1, closefd=False) for k in (1, 2))
+        status = f(*args) or 0
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+    finally: os._exit(status)
+
+
+def ended(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def curve(folder): return [[r['step'], *(float(r[k]).hex() for k in ('loss', 'grad_norm', 'lr', 'valid_loss') if k in r)] for r in read_log(folder)]
+def print_of(run): return {k: sha256(run/k/'model.safetensors') for k in ('base', 'chat') if (run/k).exists()} | {k: curve(run/k) for k in ('pretrain', 'sft')}
+def steps_saved(folder): return [int(p.name[5:]) for p in checkpoints(folder)]
+
+
+class Troubled:
+    "The batches of a stage, and what happens when one is asked for, or one of its micro-batches"
+    def __init__(self, batches, asked=lambda step: None, reached=lambda step, micro: None): self.batches, self.asked, self.reached = batches, asked, reached
+    def __getattr__(self, name): return getattr(self.batches, name)
+    def __len__(self): return len(self.batches)
+    def __call__(self, step):
+        self.asked(step)
+        return Micros(self.batches(step), lambda i: self.reached(step, i))
+
+
+class Micros(list):
+    "Micro-batches that call `reached(i)` when training comes to one of them: the second time they are walked through, after the count of the targets"
+    def __init__(self, micros, reached): super().__init__(micros), setattr(self, 'reached', reached), setattr(self, 'walks', 0)
+    def __iter__(self):
+        self.walks += 1
+        for i, m in enumerate(list.__iter__(self)):
+            if self.walks == 2: self.reached(i)
+            yield m
+
+
+@contextlib.contextmanager
+def trouble(name, stop=lambda: False, spoil=lambda gpt, step: None, **how):
+    "Inside, the stage trains with `Troubled` batches, and stops when `stop()` says so"
+    module = dict(pretrain=pretrain, sft=sft)[name]
+    real = module.train
+    def troubled(gpt, batches, *args, **kw): return real(gpt, Troubled(batches, asked=lambda step: spoil(gpt, step), **how), *args, **kw, stop=stop)
+    module.train = troubled
+    try: yield
+    finally: module.train = real
+
+
+class Crash(BaseException): "As if the power had gone"
+
+
+# ------------------------------------------------------------------ scenes
+
+def stops(folder):
+    "Ten stops at random steps, every other one in the middle of a step; afterwards nothing can be told of them"
+    desk(folder)
+    n = soak.count(10, 40)
+    for name, total in ('pretrain', 40), ('sft', 30):
+        for k in 'whole', 'run':
+            if name == 'sft': stage('pretrain', folder/k)
+        stage(name, folder/'whole')
+        with soak.trials(f'{name}: stopped and gone on') as tally:
+            rng, at, crashed, run = random.Random(0), [], [], folder/'run'
+            while tally.count < n:
+                start = max(steps_saved(run/name/'checkpoints'), default=0)
+                if total - start < 4:  # this run is at its end: finish it, compare, take another
+                    stage(name, run)
+                    tally.wrong += [] if print_of(run) == print_of(folder/'whole') else ['another curve or other weights']
+                    run = run.with_name(run.name + 'x')
+                    if name == 'sft': stage('pretrain', run)
+                    continue
+                step, micro, asked = rng.randrange(start, min(start + 8, total - 1)), rng.randrange(1, 3), []
+                if tally.count % 2:
+                    def reached(s, i, step=step, micro=micro):
+                        if (s, i) == (step, micro): raise Crash
+                    with contextlib.suppress(Crash), trouble(name, reached=reached): stage(name, run)
+                    crashed.append((step, micro))
+                else:
+                    def stop(step=step, start=start, asked=asked): return asked.append(1) or len(asked) == step + 1 - start
+                    with contextlib.suppress(Interrupted), trouble(name, stop=stop): stage(name, run)
+                    at.append(step + 1)
+                tally.add(not (run/dict(pretrain='base', sft='chat')[name]).exists(), 'it did not stop')
+            stage(name, run)
+            tally.wrong += [] if print_of(run) == print_of(folder/'whole') else ['another curve or other weights']
+            tally.more = dict(steps=sorted({*at, *(s + 1 for s, _ in crashed)}), inside_a_step=len(crashed))
+        assert len(curve(folder/'whole'/name)) == total and tally.more['inside_a_step'] >= n // 2 - 1
+    index = json.loads((folder/'whole'/'shards'/'train'/'index.json').read_text())
+    tokens = next(v for k, v in index.items() if 'tokens' in k and isinstance(v, int))
+    assert tokens < 20 * 160, f'{tokens} tokens in the text: an epoch ends among the stops'
+
+
+def kills(folder):
+    "kill -9 at random moments of a process that saves after every step; what was saved by then stays, and the end is the end"
+    desk(folder)
+    words = 'save_every=1', 'pretrain.tokens=16000'   # 100 steps
+    assert ended(child(stage, 'pretrain', folder/'whole', *words, said='whole.txt')) == 0, Path('whole.txt').read_text()
+    want, rng = print_of(folder/'whole'), random.Random(0)
+    with soak.trials('kill -9 while training and saving') as tally:
+        n, finished, run, resumed = soak.count(30, 200), 0, folder/'run-0', set()
+        while tally.count < n or tally.more.get('runs', 0) == 0:
+            where = run/'pretrain'/'checkpoints'
+            pid, until = child(stage, 'pretrain', run, *words, said='said.txt'), time.monotonic() + rng.uniform(.1, 1.5)
+            while time.monotonic() < until and not (dead := os.waitpid(pid, os.WNOHANG)[0]): time.sleep(.002)
+            had = max(steps_saved(where), default=0)     # a step in the listing is a finished save
+            if not dead and tally.count < n:
+                os.kill(pid, signal.SIGKILL), ended(pid)
+                left = steps_saved(where)
+                unsound = [s for s in left if damage(where/f'step-{s:08d}', ['state.json'])]
+                resumed.add(max(left, default=0))
+                tally.add(not unsound and max(left, default=0) >= had, f'step {had} was saved, {left} is left, unsound: {unsound}')
+                continue
+            if not dead: ended(pid)
+            finished += 1
+            tally.wrong += [] if print_of(run) == want else [f'{run.name}: another curve or other weights; {Path("said.txt").read_text()[-300:]}']
+            tally.more = dict(runs=finished, different_steps=len(resumed))
+            run = folder/f'run-{finished}'
+        assert not list(folder.glob('run-*/pretrain/checkpoints/*.bad')), 'nothing had to be set aside'
+
+
+def job(folder):
+    "kill -9 anywhere in a whole job: reading, tokenizer, shards, packing, pretraining, fine-tuning"
+    desk(folder)
+    def both(run): stage('pretrain', run), stage('sft', run)
+    assert ended(child(both, folder/'whole', said='whole.txt')) == 0, Path('whole.txt').read_text()
+    want, rng, run, k = print_of(folder/'whole'), random.Random(1), folder/'run-0', 0
+    files = [p.relative_to(folder/'whole') for p in (folder/'whole').rglob('*') if p.is_file() and p.parts[len(folder.parts) + 1] in ('tokenizer', 'shards', 'packed', 'text')]
+    with soak.trials('kill -9 anywhere in a whole job') as tally:
+        n = soak.count(8, 60)
+        while tally.count < n or k == 0:
+            pid, until = child(both, run, said='said.txt'), time.monotonic() + rng.choice((rng.uniform(0, .3), rng.uniform(0, 2.5)))
+            while time.monotonic() < until and not (dead := os.waitpid(pid, os.WNOHANG)[0]): time.sleep(.002)
+            if not dead and tally.count < n:
+                os.kill(pid, signal.SIGKILL), ended(pid)
+                tally.add()
+                continue
+            if not dead: ended(pid)
+            same = print_of(run) == want and all((run/f).read_bytes() == (folder/'whole'/f).read_bytes() for f in files if 'report' not in f.name)
+            tally.wrong += [] if same else [f'{run.name} is another run; {Path("said.txt").read_text()[-300:]}']
+            k += 1
+            run = folder/f'run-{k}'
+        tally.more = dict(runs=k)
+        assert len(files) > 5
+
+
+def signals(folder):
+    "SIGTERM and Ctrl-C: saved, one line, status 130; the same command goes on"
+    desk(folder)
+    words = 'pretrain', 'tiny', 'pretrain.tokens=48000', 'save_every=0'   # 300 steps
+    assert ended(child(shell, *words, f'run_dir={folder/"whole"}')) == 0
+    with soak.trials('SIGTERM and Ctrl-C') as tally:
+        for i in range(soak.count(2, 20)):
+            kind, run, rng = (signal.SIGTERM, signal.SIGINT)[i % 2], folder/f'run-{i}', random.Random(i)
+            pid, upto = child(shell, *words, f'run_dir={run}', said='said.txt'), rng.randrange(3, 150)
+            while len(curve(run/'pretrain')) < upto: time.sleep(.005)
+            os.kill(pid, kind)
+            status, lines = ended(pid), Path('said.txt').read_text().splitlines()
+            ok = status == 130 and len(lines) == 1 and 'and saved; the same command goes on' in lines[0] and len(steps_saved(run/'pretrain'/'checkpoints')) == 1
+            assert ended(child(shell, *words, f'run_dir={run}')) == 0
+            tally.add(ok and print_of(run) == print_of(folder/'whole'), f'{kind.name}: {status} {lines[-1:]}')
+
+
+def disk(folder):
+    "A disk that fills up in the middle of a run: each failed save is told, the run goes on, and says at its end that it is not saved"
+    desk(folder)
+    def limited(size, *words):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        return shell(*words)
+    words = 'pretrain', 'tiny', 'save_every=4'
+    assert ended(child(shell, *words, f'run_dir={folder/"whole"}')) == 0
+    size = max(p.stat().st_size for p in checkpoints(folder/'whole'/'pretrain'/'checkpoints')[0].iterdir())
+    with soak.trials('a disk that fills up while training') as tally:
+        for i in range(soak.count(2, 10)):
+            run, rng = folder/f'run-{i}', random.Random(i)
+            step = rng.randrange(5, 30)
+            with contextlib.suppress(Interrupted), trouble('pretrain', stop=lambda left=[step]: left.append(left.pop() - 1) or left[0] == 0): stage('pretrain', run, *words[2:])
+            status = ended(child(limited, int(size * rng.uniform(.3, .999)), *words, f'run_dir={run}', said='said.txt'))
+            said = Path('said.txt').read_text().splitlines()
+            told = [l for l in said if 'could not be saved' in l and 'the run goes on' in l]
+            ok = status == 2 and len(told) == len(range(step//4*4 + 4, 41, 4)) and said[-1].startswith('lm-nb: ') and 'Make room' in said[-1]
+            ok = ok and max(steps_saved(run/'pretrain'/'checkpoints')) == step and not (run/'base').exists()
+            assert ended(child(shell, *words, f'run_dir={run}')) == 0
+            tally.add(ok and print_of(run) == print_of(folder/'whole'), f'{status} {said[-2:]}')
+
+
+def memory(folder):
+    "A step that does not fit: one line with the estimate and what to lower; with that lowered the same run goes on to the same end"
+    desk(folder)
+    def limited(more, *words):
+        used = int(next(l for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('VmSize')).split()[1]) * 1024
+        resource.setrlimit(resource.RLIMIT_AS, (used + more, resource.RLIM_INFINITY))
+        return shell(*words)
+    words = 'pretrain', 'tiny', 'batch_tokens=32768', 'pretrain.tokens=262144', 'd_model=64', 'vocab_size=600', 'save_every=1', 'eval_every=0'   # 8 steps of 1024 rows
+    assert ended(child(shell, *words, 'micro_rows=64', f'run_dir={folder/"whole"}', said='said.txt')) == 0, Path('said.txt').read_text()
+    with soak.trials('out of memory') as tally:
+        for i in range(soak.count(1, 5)):
+            run = folder/f'run-{i}'
+            stop = lambda left=[2 + i % 3]: left.append(left.pop() - 1) or left[0] == 0
+            with contextlib.suppress(Interrupted), trouble('pretrain', stop=stop): stage('pretrain', run, 'micro_rows=64', *words[2:])
+            saved = steps_saved(run/'pretrain'/'checkpoints')
+            status, said = ended(child(limited, 300 << 20, *words, 'micro_rows=1024', f'run_dir={run}', said='said.txt')), Path('said.txt').read_text().splitlines()
+            ok = status == 2 and len(said) == 1 and said[0].startswith('lm-nb: out of memory: ') and 'micro_rows=' in said[0] and 'the last checkpoint is intact' in said[0]
+            ok = ok and saved == steps_saved(run/'pretrain'/'checkpoints')
+            assert ended(child(limited, 300 << 20, *words, 'micro_rows=64', f'run_dir={run}', said='again.txt')) == 0, Path('again.txt').read_text()
+            tally.add(ok and print_of(run) == print_of(folder/'whole'), f'{status} {said[-2:]}')
+
+
+def nan_loss(gpt, step): next(iter(gpt.parameters())).data.fill_(float('nan'))
+def inf_loss(gpt, step): next(iter(gpt.parameters())).data.mul_(1e38)
+def nan_gradient(gpt, step): _hook(gpt, lambda g: g * float('nan'))
+def inf_gradient(gpt, step): _hook(gpt, lambda g: g.index_fill(0, torch.tensor([0]), float('inf')))
+
+
+def _hook(gpt, f):
+    p = next(p for n, p in gpt.named_parameters() if p.dim() == 2 and 'embed' not in n)
+    left = [1]
+    p.register_hook(lambda g: f(g) if left and left.pop() else g)   # once
+
+
+def numbers(folder):
+    "A loss or a gradient that is not finite: nobody moves, the report names step, rank and documents, and the run goes on from its checkpoint as if nothing had been"
+    desk(folder)
+    stage('pretrain', folder/'whole', 'save_every=1')
+    with soak.trials('loss or gradient not finite') as tally:
+        for i in range(soak.count(4, 40)):
+            fault, run, rng = (nan_loss, nan_gradient, inf_gradient, inf_loss)[i % 4], folder/f'run-{i}', random.Random(i)
+            at, said = rng.randrange(1, 39), ''
+            try:
+                with trouble('pretrain', spoil=lambda gpt, step, f=fault, at=at: f(gpt, step) if step == at else None): stage('pretrain', run, 'save_every=1')
+            except UserError as e: said = str(e)
+            reports = list((run/'pretrain').glob('bad-step-*.json'))
+            report = json.loads(reports[0].read_text()) if reports else {}
+            ok = f'step {at + 1}' in said and 'rank 0' in said and '\n' not in said and report.get('step') == at + 1 and report.get('rank') == 0 and report.get('documents')
+            ok = ok and max(steps_saved(run/'pretrain'/'checkpoints')) == at
+            stage('pretrain', run, 'save_every=1')   # the fault does not come back: from here on it is the whole run
+            tally.add(ok and print_of(run) == print_of(folder/'whole'), f'{fault.__name__} at {at}: {said} {report}')
+
+
+def skipped(folder):
+    "Steps that are not sound may be left out, up to a number; the count survives a stop"
+    desk(folder)
+    with soak.trials('unsound steps left out, with a cap') as tally:
+        seen = {}
+        def spoil(gpt, step):
+            seen[step] = [p.detach().clone() for p in gpt.parameters()]
+            if step in (5, 6, 20): nan_gradient(gpt, step)
+        with trouble('pretrain', spoil=spoil): stage('pretrain', folder/'run', 'skip_bad=3')
+        still = [s for s in range(39) if all(map(torch.equal, seen[s], seen[s + 1]))]
+        log = read_log(folder/'run'/'pretrain')
+        tally.add(still == [5, 6, 20], f'nobody moved in {still}')
+        tally.add(all(r['loss'] < 10 for r in log) and len(list((folder/'run'/'pretrain').glob('bad-step-*.json'))) == 3, 'curve and reports')
+        said = ''
+        try:
+            with contextlib.suppress(Interrupted), trouble('pretrain', spoil=spoil, stop=lambda left=[12]: left.append(left.pop() - 1) or left[0] == 0): stage('pretrain', folder/'cap', 'skip_bad=2')
+            with trouble('pretrain', spoil=spoil): stage('pretrain', folder/'cap', 'skip_bad=2')
+        except UserError as e: said = str(e)
+        tally.add('step 21' in said, f'the third one ends the run: {said!r}')
+
+
+def no_targets(folder):
+    "A step without targets has loss 0 and moves nobody"
+    desk(folder)
+    with soak.trials('steps without a target') as tally:
+        seen = {}
+        real = Troubled.__call__
+        def empty(self, step):
+            out = real(self, step)
+            if step in (4, 11):
+                for i, b in enumerate(list.__iter__(out)): out[i] = b._replace(y=torch.full_like(b.y, -100))
+            return out
+        Troubled.__call__ = empty
+        def spoil(gpt, step): seen[step] = [p.detach().clone() for p in gpt.parameters()]
+        for dtype in 'fp32', 'bf16':
+            run = folder/dtype
+            with trouble('pretrain', spoil=spoil): stage('pretrain', run, f'dtype={dtype}', 'weight_decay=0.5')
+            losses = {r['step']: r['loss'] for r in read_log(run/'pretrain')}
+            tally.add(losses[5] == losses[12] == 0 and all(l == l and l > 0 for s, l in losses.items() if s not in (5, 12)), f'losses {losses}')
+            tally.add([s for s in range(39) if all(map(torch.equal, seen[s], seen[s + 1]))] == [4, 11], 'who moved')
+
+
+def main(scene, folder):
+    torch.set_num_threads(1)
+    globals()[scene](Path(folder).resolve())
+
+
+if __name__ == '__main__': main(*sys.argv[1:])

@@ -6,7 +6,7 @@
 __all__ = ['MODEL_FILES', 'unique_state', 'parameter_names', 'run_state', 'snapshot', 'write_shards', 'read_shards', 'stored',
            'make_room', 'seal', 'damage', 'remove', 'replacing', 'checkpoints', 'prune', 'recover', 'set_aside',
            'newest', 'room', 'from_first', 'write_checkpoint', 'read_checkpoint', 'Saver', 'run_lock', 'tokenizer_note',
-           'save_model', 'headers', 'rehearse', 'load_model', 'differing', 'open_run', 'fingerprint', 'claim']
+           'save_model', 'headers', 'rehearse', 'load_model', 'differing', 'open_run']
 
 # %% ../nbs/08_checkpoint.ipynb #ec7330ce
 import json, math, os, platform, shutil, threading, warnings
@@ -564,24 +564,3 @@ def open_run(
         return same
     write_json(folder/'recipe.json', recipe)
     return False
-
-# %% ../nbs/08_checkpoint.ipynb #c278bb1e
-def fingerprint(
-    path, # a file, or a folder with an index.json or a manifest.json
-) -> str: # 64 hexadecimal digits
-    "The sha256 of a file, or of the table of checksums that a folder has"
-    path = Path(path)
-    tables = [path] if path.is_file() else [path/n for n in ('index.json', 'manifest.json') if (path/n).is_file()]
-    check(tables, f'{path}: no such file, and no folder with an index.json or a manifest.json')
-    return sha256(tables[0])
-
-# %% ../nbs/08_checkpoint.ipynb #a4fc5a84
-def claim(
-    folder, # a stage's folder; made if need be
-    inputs:dict, # what the stage reads: {name: fingerprint or any JSON}
-):
-    "Write down what a stage was begun with; `UserError` with the differences if it is resumed with something else"
-    path, inputs = Path(folder)/'inputs.json', json.loads(json.dumps(inputs, default=str))
-    if not path.exists(): return write_json(path, inputs)
-    odd = differing(read_json(path), inputs)
-    check(not odd, f'{folder}: was begun with other inputs: {"; ".join(odd)}. Put them back, or remove the folder to train anew')

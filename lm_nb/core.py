@@ -193,7 +193,7 @@ def read_json(
     path = Path(path)
     check(path.is_file(), f'{path}: no such file')
     try: return json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e: raise UserError(f'{path}: not valid JSON ({e})') from None
+    except (ValueError, RecursionError) as e: raise UserError(f'{path}: not valid JSON ({e})') from None
 
 # %% ../nbs/00_core.ipynb #8ecb295c
 def sha256(

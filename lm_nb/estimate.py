@@ -5,11 +5,14 @@
 # %% auto #0
 __all__ = ['WIDTH', 'block_shapes', 'shapes', 'parameters', 'matrices', 'step_flops', 'optimizer_numbers', 'attention_kept',
            'kept', 'Memory', 'size', 'chunk_rows', 'loss_bytes', 'update_bytes', 'stays', 'casts', 'masks', 'loss_work',
-           'shard_bytes', 'sharded', 'memory', 'step_bytes', 'memory_room', 'largest_rows', 'wire_bytes']
+           'shard_bytes', 'sharded', 'memory', 'step_bytes', 'memory_room', 'largest_rows', 'wire_bytes', 'hushed',
+           'allocated']
 
 # %% ../nbs/07b_estimate.ipynb #07fe3619
-import math, os
-from dataclasses import dataclass, replace
+import json, math, os, sys, tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -218,7 +221,7 @@ def shard_bytes(
     cfg:GPTConfig, # shape of the model
     k:int, # pieces of the model, from `sharded`
 ) -> float: # bytes
-    "What exchanging weights and gradients needs: two gathered blocks with the tables around them, and the gradients of one; whole copies exchange gradients where they lie"
+    "What a sharded model needs for exchanges: two gathered blocks, the tables around them, and the gradients of one block"
     n, block = sum(parameters(cfg).values()), sum(math.prod(s) for part in block_shapes(cfg).values() for s in part)
     return 4.*(n - cfg.n_layer*block + 3*block) if k > 1 else 0.
 
@@ -319,3 +322,28 @@ def wire_bytes(
     out['gradients between copies'] = 2*(copies - 1)/copies*all_bytes/k
     out['matrices for Muon'] = ring*4*sum(r*c for r, c in matrices(cfg)) if optimizer == 'muon' else 0
     return {what: n for what, n in out.items() if n}
+
+# %% ../nbs/07b_estimate.ipynb #fc6d213e
+@contextmanager
+def hushed():
+    "Inside, nothing reaches the error stream of the process: the profiler's library chats there"
+    sys.stderr.flush()
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try: yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before), os.close(nowhere)
+
+# %% ../nbs/07b_estimate.ipynb #86361da0
+def allocated(
+    f, # does something on a CPU
+) -> int: # bytes
+    "The most memory that a call holds beyond what was there before, as PyTorch's allocator counts it"
+    from torch.profiler import ProfilerActivity, profile
+    with hushed(), tempfile.TemporaryDirectory() as tmp:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: f()
+        p.export_chrome_trace(f'{tmp}/trace.json')
+        events = json.loads(Path(f'{tmp}/trace.json').read_text(encoding='utf-8'))['traceEvents']
+    sizes = [e['args']['Bytes'] for e in sorted((e for e in events if e.get('name') == '[memory]'), key=lambda e: e['ts'])]
+    return max(accumulate(sizes, initial=0))

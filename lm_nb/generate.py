@@ -9,7 +9,7 @@ __all__ = ['plot_choice', 'heat', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'pen
            'conversation', 'recent', 'Chat']
 
 # %% ../nbs/10_generate.ipynb #51c007dc
-import math, time
+import math, time, warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -357,9 +357,9 @@ class Rows:
     ):
         ids, length = align(ids, doc)
         B, longest, context, device = len(ids), ids.shape[1], model.cfg.context, ids.device
-        size, more = min(longest + max_new, context), dict(static=static) if cache else {}
-        self.reader = (Cached if cache else Again)(model, ids, length, size, **more)
-        self.how, self.context, self.u, self.static = how, context, u, static
+        size, cache = min(longest + max_new, context), cache and hasattr(model, 'blocks') # any other model is read plainly
+        self.reader = Cached(model, ids, length, size, static) if cache else Again(model, ids, length, size)
+        self.how, self.context, self.u, self.static = how, context, u, static and cache
         self.stops = torch.tensor(stops, device=device, dtype=torch.long)
         self.may_end = len(stops) > 0 or longest + max_new > context + 1 # else nobody has to look
         self.who, self.n = torch.arange(B, device=device), torch.zeros(1, device=device, dtype=torch.long)
@@ -463,8 +463,14 @@ class Recorded:
         if self.shape() != self.known: self.known, self.left, self.replay = self.shape(), self.first, None
         self.left -= 1
         if self.left >= 0: return _aside(self.step)
-        if self.replay is None: self.replay = self.record(self.step)
+        if self.replay is None: self.replay = self._recording()
         self.replay()
+
+    def _recording(self):
+        try: return self.record(self.step)
+        except RuntimeError as e: # nothing has run yet: go on as before
+            warnings.warn(f'a step of generation could not be recorded and runs in the ordinary way: {str(e).splitlines()[0]}')
+            return self.step
 
 # %% ../nbs/10_generate.ipynb #bc99005f
 @contextmanager

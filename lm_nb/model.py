@@ -502,7 +502,8 @@ class _ChunkedNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, above):
         dh, dw = ctx.saved_tensors
-        return dh * above.to(dh.dtype), dw * above.to(dw.dtype), None, None, None, None, None
+        times = lambda d: (d.to(above.dtype) * above).to(d.dtype) # the factor itself is not rounded to bf16
+        return times(dh), times(dw), None, None, None, None, None
 
 # %% ../nbs/06_model.ipynb #09507ed8
 def chunked_nll(
@@ -555,7 +556,8 @@ class GPT(nn.Module):
         if self.pos_embed is not None: h = h + self.pos_embed(pos)
         h = self.drop(h)
         again = self.cfg.recompute and torch.is_grad_enabled() and cache is None
-        for block in self.blocks: h = checkpoint(block, h, shared, use_reentrant=False) if again else block(h, shared)
+        how = dict(use_reentrant=False, preserve_rng_state=self.cfg.dropout > 0) # no dropout, no dice to throw again
+        for block in self.blocks: h = checkpoint(block, h, shared, **how) if again else block(h, shared)
         if cache is not None: cache.length += ids.shape[1]
         return self.norm(h)
 

@@ -203,9 +203,9 @@ def make_optimizers(
     "The optimizers that a recipe asks for; each parameter is in one group of one of them"
     def group(name, params, lr): return dict(params=params, name=name, lr=lr, peak_lr=lr, weight_decay=0.0 if name == 'vectors' else cfg.weight_decay)
     groups = {name: group(name, params, cfg.lr) for name, params in roles(model).items() if params}
-    out = []
+    out, exact = [], torch.float32 if getattr(cfg, 'dtype', None) == 'fp32' else None  # a recipe that asks for fp32 gets it here too
     if cfg.optimizer == 'muon' and 'matrices' in groups:
-        out.append(Muon([group('matrices', groups.pop('matrices')['params'], cfg.muon_lr)], momentum=cfg.momentum, cautious=cfg.cautious))
+        out.append(Muon([group('matrices', groups.pop('matrices')['params'], cfg.muon_lr)], momentum=cfg.momentum, dtype=exact, cautious=cfg.cautious))
     fused = all(p.device.type in ('cpu', 'cuda', 'mps', 'xpu') for g in groups.values() for p in g['params'])
     if groups: out.append(torch.optim.AdamW(list(groups.values()), betas=(cfg.beta1, cfg.beta2), fused=fused))
     return out

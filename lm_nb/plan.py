@@ -29,8 +29,9 @@ class StagePlan:
     name: str           # pretrain or sft
     tokens: int         # positions in all
     steps: int          # optimizer steps
-    rows: int           # rows of a micro-batch, on each rank
-    micros: int         # micro-batches of a step, on each rank
+    all_rows: int       # rows of a step, on each rank
+    rows: int           # rows of a micro-batch
+    micros: int         # micro-batches of a step; the last may be smaller
     flops: float        # of the whole stage
     memory: Memory      # of a step at its peak, on each rank
     most_rows: int      # the largest micro-batch that fits
@@ -67,7 +68,9 @@ def stage_plan(
     micro, micros = split_rows(recipe, stage, ranks)
     how = dict(optimizer=stage.optimizer, dtype=dtype, device=device.type, micros=micros, ranks=ranks, parallel=stage.parallel, shards=stage.shards)
     flops = sum(step_flops(cfg, rows(recipe, stage)*cfg.context, stage.optimizer).values())
-    return StagePlan(name, stage.tokens, stage.steps, micro, micros, flops*stage.steps, memory(cfg, micro, **how), largest_rows(cfg, bytes, **how))
+    most = largest_rows(cfg, bytes, **how)
+    if most < micro: most = largest_rows(cfg, bytes, **{**how, 'micros': 2})  # more of them then, and gradients have to wait for each other
+    return StagePlan(name, stage.tokens, stage.steps, math.ceil(rows(recipe, stage)/ranks), micro, micros, flops*stage.steps, memory(cfg, micro, **how), most)
 
 # %% ../nbs/14b_plan.ipynb #a8ec7028
 def made_up(
@@ -141,7 +144,8 @@ def affordable_rows(
     if device.type == 'cuda': return rows
     n = 1
     while n < rows:
-        seconds = Trial(recipe, name, device, n, 1).seconds()
+        trial = Trial(recipe, name, device, n, 1)
+        seconds = min(trial.seconds() for _ in range(2))  # the first step has things to prepare
         if 2*seconds > budget: break
         n = min(rows, n*max(2, int(budget/8/seconds)))
     return min(n, rows)
@@ -158,8 +162,8 @@ def measured(
     one, start = typical(Trial(recipe, plan.name, device, n, 1), budget)
     if plan.micros == 1 and n == plan.rows: return replace(plan, step_seconds=one, start_seconds=start)
     two, _ = typical(Trial(recipe, plan.name, device, n, 2), budget)
-    m = max(two - one, .5*one)
-    return replace(plan, step_seconds=max(one - m, 0) + m*plan.micros*plan.rows/n, start_seconds=start)
+    m = max(two - one, .05*one)  # noise must not make it negative
+    return replace(plan, step_seconds=max(one - m, 0) + m*plan.all_rows/n, start_seconds=start)
 
 # %% ../nbs/14b_plan.ipynb #c15e9889
 def stages(recipe:Recipe) -> list: # of names
@@ -206,7 +210,7 @@ class Plan:
 
 # %% ../nbs/14b_plan.ipynb #08dd7805
 LINES = {
-    'tokens': lambda s: f'{s.tokens:,}', 'steps': lambda s: f'{s.steps:,}', 'rows of a step': lambda s: f'{s.rows*s.micros:,}',
+    'tokens': lambda s: f'{s.tokens:,}', 'steps': lambda s: f'{s.steps:,}', 'rows of a step': lambda s: f'{s.all_rows:,}',
     'rows of a micro-batch': lambda s: f'{s.rows:,}', 'largest that fits': lambda s: f'{s.most_rows:,}', 'operations': lambda s: f'{s.flops:.3g}',
     'memory of a step': lambda s: size(s.memory.total), **{f'… {part}': lambda s, part=part: size(getattr(s.memory, part)) for part in Memory.__annotations__},
     'a step': lambda s: short_time(s.step_seconds), 'tokens/s': lambda s: '?' if math.isnan(s.step_seconds) else f'{s.tokens/s.steps/s.step_seconds:,.0f}',

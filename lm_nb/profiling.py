@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'recorded', 'kind_of', 'bandwidth', 'Profile', 'profile_recipe', 'plot_kinds']
 
 # %% ../nbs/15c_profile.ipynb #df7f77f5
-import math, time
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,11 @@ from statistics import median
 
 import torch
 
-from .core import check, hardware, pick_device
-from .estimate import size, step_bytes, step_flops
+from .core import check, hardware
+from .estimate import hushed, step_bytes, step_flops
 from .train import matmul_peak
 from .workbook import Table
 from .plan import Trial, short_time, stages
-from .speed import hushed
 
 # %% ../nbs/15c_profile.ipynb #a07ed6a7
 def recorded(
@@ -47,7 +46,8 @@ KINDS = {
     'copies and casts': ('copy', 'to_copy', 'clone', 'contiguous', 'cat', 'Memcpy', 'fill', 'zero', 'Memset'),
     'lookups': ('embedding', 'index', 'gather', 'scatter'),
     'sums and norms': ('norm', 'Norm', 'sum', 'mean', 'amax', 'max', 'reduce'),
-    'elementwise': ('mul', 'add', 'sub', 'div', 'exp', 'log', 'silu', 'gelu', 'pow', 'sqrt', 'where', 'lerp', 'neg', 'eq', 'ne', 'lt', 'le', 'clamp', 'sigmoid', 'tanh', 'elementwise', 'vectorized'),
+    'elementwise': ('mul', 'add', 'sub', 'div', 'exp', 'log', 'silu', 'gelu', 'pow', 'sqrt', 'where', 'lerp', 'neg', 'eq', 'ne', 'lt', 'le', 'clamp',
+                    'sigmoid', 'tanh', 'elementwise', 'vectorized'),
 }
 
 # %% ../nbs/15c_profile.ipynb #b963fb18
@@ -104,8 +104,9 @@ class Profile:
     def lines(self) -> list:
         "What stands beneath the table"
         floors = ', '.join(f'{name} {short_time(s)} ({100*s/self.seconds:.0f} % of it)' for name, s in self.floors.items())
-        return ['by kind: ' + ', '.join(f'{kind} {100*share:.0f} %' for kind, share in self.kinds.items()),
-                f'a step takes {short_time(self.seconds)}; the floors: {floors}', f'on {self.where}', *([f'timeline: {self.trace} (TensorBoard, or ui.perfetto.dev)']*bool(self.trace))]
+        shares = ', '.join(f'{kind} {100*share:.0f} %' for kind, share in self.kinds.items())
+        out = [f'by kind: {shares}', f'a step takes {short_time(self.seconds)}; the floors: {floors}', f'on {self.where}']
+        return out + [f'timeline: {self.trace} (TensorBoard, or ui.perfetto.dev)']*bool(self.trace)
 
     def __str__(self): return '\n'.join([str(self.table), '', *self.lines])
     __repr__ = __str__

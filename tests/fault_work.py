@@ -1,7 +1,7 @@
 """Scenes of tests/test_faults.py, each in a process of its own: real training that is stopped, killed, starved and misled.  python fault_work.py SCENE FOLDER
 
 A scene imports everything once and forks a process for each run, so that a run that dies costs a fraction of a second."""
-import contextlib, io, json, os, random, resource, signal, sys, time
+import contextlib, json, os, random, resource, shutil, signal, sys, time
 from pathlib import Path
 
 os.environ['IN_TEST'] = '1'
@@ -76,11 +76,20 @@ def child(f, *args, said=None):
         fd = os.open(said or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(fd, 1), os.dup2(fd, 2)
         sys.stdout, sys.stderr = (open(k, 'w', buffering=1, closefd=False) for k in (1, 2))
-        status = f(*args) or 0
+        status = got if isinstance(got := f(*args), int) else 0
     except BaseException:
         import traceback
         traceback.print_exc()
     finally: os._exit(status)
+
+
+def prepared(run, whole):
+    "A run for which the data of another one of the same recipe are there already"
+    run.mkdir()
+    for name in 'recipe.json', 'text', 'tokenizer', 'shards', 'packed':
+        if (whole/name).is_dir(): shutil.copytree(whole/name, run/name)
+        if (whole/name).is_file(): shutil.copy(whole/name, run/name)
+    return run
 
 
 def ended(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -88,6 +97,7 @@ def ended(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 def curve(folder): return [[r['step'], *(float(r[k]).hex() for k in ('loss', 'grad_norm', 'lr', 'valid_loss') if k in r)] for r in read_log(folder)]
 def print_of(run): return {k: sha256(run/k/'model.safetensors') for k in ('base', 'chat') if (run/k).exists()} | {k: curve(run/k) for k in ('pretrain', 'sft')}
+def losses(folder): return {r['step']: r['loss'] for r in read_log(folder) if 'loss' in r}
 def steps_saved(folder): return [int(p.name[5:]) for p in checkpoints(folder)]
 
 
@@ -159,7 +169,7 @@ def stops(folder):
             stage(name, run)
             tally.wrong += [] if print_of(run) == print_of(folder/'whole') else ['another curve or other weights']
             tally.more = dict(steps=sorted({*at, *(s + 1 for s, _ in crashed)}), inside_a_step=len(crashed))
-        assert len(curve(folder/'whole'/name)) == total and tally.more['inside_a_step'] >= n // 2 - 1
+        assert len(losses(folder/'whole'/name)) == total and tally.more['inside_a_step'] >= n // 2 - 1
     index = json.loads((folder/'whole'/'shards'/'train'/'index.json').read_text())
     tokens = next(v for k, v in index.items() if 'tokens' in k and isinstance(v, int))
     assert tokens < 20 * 160, f'{tokens} tokens in the text: an epoch ends among the stops'
@@ -221,12 +231,12 @@ def job(folder):
 def signals(folder):
     "SIGTERM and Ctrl-C: saved, one line, status 130; the same command goes on"
     desk(folder)
-    words = 'pretrain', 'tiny', 'pretrain.tokens=48000', 'save_every=0'   # 300 steps
+    words = 'pretrain', 'tiny', 'pretrain.tokens=19200', 'save_every=0'   # 120 steps
     assert ended(child(shell, *words, f'run_dir={folder/"whole"}')) == 0
     with soak.trials('SIGTERM and Ctrl-C') as tally:
         for i in range(soak.count(2, 20)):
-            kind, run, rng = (signal.SIGTERM, signal.SIGINT)[i % 2], folder/f'run-{i}', random.Random(i)
-            pid, upto = child(shell, *words, f'run_dir={run}', said='said.txt'), rng.randrange(3, 150)
+            kind, run, rng = (signal.SIGTERM, signal.SIGINT)[i % 2], prepared(folder/f'run-{i}', folder/'whole'), random.Random(i)
+            pid, upto = child(shell, *words, f'run_dir={run}', said='said.txt'), rng.randrange(3, 60)
             while len(curve(run/'pretrain')) < upto: time.sleep(.005)
             os.kill(pid, kind)
             status, lines = ended(pid), Path('said.txt').read_text().splitlines()
@@ -246,7 +256,7 @@ def disk(folder):
     size = max(p.stat().st_size for p in checkpoints(folder/'whole'/'pretrain'/'checkpoints')[0].iterdir())
     with soak.trials('a disk that fills up while training') as tally:
         for i in range(soak.count(2, 10)):
-            run, rng = folder/f'run-{i}', random.Random(i)
+            run, rng = prepared(folder/f'run-{i}', folder/'whole'), random.Random(i)
             step = rng.randrange(5, 30)
             with contextlib.suppress(Interrupted), trouble('pretrain', stop=lambda left=[step]: left.append(left.pop() - 1) or left[0] == 0): stage('pretrain', run, *words[2:])
             status = ended(child(limited, int(size * rng.uniform(.3, .999)), *words, f'run_dir={run}', said='said.txt'))
@@ -265,12 +275,12 @@ def memory(folder):
         used = int(next(l for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('VmSize')).split()[1]) * 1024
         resource.setrlimit(resource.RLIMIT_AS, (used + more, resource.RLIM_INFINITY))
         return shell(*words)
-    words = 'pretrain', 'tiny', 'batch_tokens=32768', 'pretrain.tokens=262144', 'd_model=64', 'vocab_size=600', 'save_every=1', 'eval_every=0'   # 8 steps of 1024 rows
+    words = 'pretrain', 'tiny', 'batch_tokens=32768', 'tokens=98304', 'vocab_size=600', 'save_every=1', 'eval_every=0'   # 3 steps of 1024 rows
     assert ended(child(shell, *words, 'micro_rows=64', f'run_dir={folder/"whole"}', said='said.txt')) == 0, Path('said.txt').read_text()
     with soak.trials('out of memory') as tally:
         for i in range(soak.count(1, 5)):
-            run = folder/f'run-{i}'
-            stop = lambda left=[2 + i % 3]: left.append(left.pop() - 1) or left[0] == 0
+            run = prepared(folder/f'run-{i}', folder/'whole')
+            stop = lambda left=[1 + i % 2]: left.append(left.pop() - 1) or left[0] == 0
             with contextlib.suppress(Interrupted), trouble('pretrain', stop=stop): stage('pretrain', run, 'micro_rows=64', *words[2:])
             saved = steps_saved(run/'pretrain'/'checkpoints')
             status, said = ended(child(limited, 300 << 20, *words, 'micro_rows=1024', f'run_dir={run}', said='said.txt')), Path('said.txt').read_text().splitlines()
@@ -281,7 +291,7 @@ def memory(folder):
 
 
 def nan_loss(gpt, step): next(iter(gpt.parameters())).data.fill_(float('nan'))
-def inf_loss(gpt, step): next(iter(gpt.parameters())).data.mul_(1e38)
+def overflow(gpt, step): [p.data[5:9].fill_(float('inf')) for n, p in gpt.named_parameters() if 'embed' in n or 'head' in n]
 def nan_gradient(gpt, step): _hook(gpt, lambda g: g * float('nan'))
 def inf_gradient(gpt, step): _hook(gpt, lambda g: g.index_fill(0, torch.tensor([0]), float('inf')))
 
@@ -298,7 +308,7 @@ def numbers(folder):
     stage('pretrain', folder/'whole', 'save_every=1')
     with soak.trials('loss or gradient not finite') as tally:
         for i in range(soak.count(4, 40)):
-            fault, run, rng = (nan_loss, nan_gradient, inf_gradient, inf_loss)[i % 4], folder/f'run-{i}', random.Random(i)
+            fault, run, rng = (nan_loss, nan_gradient, inf_gradient, overflow)[i % 4], prepared(folder/f'run-{i}', folder/'whole'), random.Random(i)
             at, said = rng.randrange(1, 39), ''
             try:
                 with trouble('pretrain', spoil=lambda gpt, step, f=fault, at=at: f(gpt, step) if step == at else None): stage('pretrain', run, 'save_every=1')
@@ -321,9 +331,8 @@ def skipped(folder):
             if step in (5, 6, 20): nan_gradient(gpt, step)
         with trouble('pretrain', spoil=spoil): stage('pretrain', folder/'run', 'skip_bad=3')
         still = [s for s in range(39) if all(map(torch.equal, seen[s], seen[s + 1]))]
-        log = read_log(folder/'run'/'pretrain')
         tally.add(still == [5, 6, 20], f'nobody moved in {still}')
-        tally.add(all(r['loss'] < 10 for r in log) and len(list((folder/'run'/'pretrain').glob('bad-step-*.json'))) == 3, 'curve and reports')
+        tally.add(all(l < 10 for l in losses(folder/'run'/'pretrain').values()) and len(list((folder/'run'/'pretrain').glob('bad-step-*.json'))) == 3, 'curve and reports')
         said = ''
         try:
             with contextlib.suppress(Interrupted), trouble('pretrain', spoil=spoil, stop=lambda left=[12]: left.append(left.pop() - 1) or left[0] == 0): stage('pretrain', folder/'cap', 'skip_bad=2')
@@ -348,8 +357,8 @@ def no_targets(folder):
         for dtype in 'fp32', 'bf16':
             run = folder/dtype
             with trouble('pretrain', spoil=spoil): stage('pretrain', run, f'dtype={dtype}', 'weight_decay=0.5')
-            losses = {r['step']: r['loss'] for r in read_log(run/'pretrain')}
-            tally.add(losses[5] == losses[12] == 0 and all(l == l and l > 0 for s, l in losses.items() if s not in (5, 12)), f'losses {losses}')
+            told = losses(run/'pretrain')
+            tally.add(told[5] == told[12] == 0 and all(l == l and l > 0 for s, l in told.items() if s not in (5, 12)), f'losses {told}')
             tally.add([s for s in range(39) if all(map(torch.equal, seen[s], seen[s + 1]))] == [4, 11], 'who moved')
 
 

@@ -85,8 +85,8 @@ def bad(at_desk, capsys):
 
 
 def photo(folder):
-    "Every file below a folder: its content and when it was written"
-    return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in Path(folder).rglob('*') if p.is_file()}
+    "Every file below a folder but the lock: its content and when it was written"
+    return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in Path(folder).rglob('*') if p.is_file() and p.name != '.lock'}
 
 
 def run_dir(tmp_path): return f'run_dir={tmp_path/"run"}'
@@ -98,7 +98,7 @@ def test_help_names_every_stage_and_recipe_and_loads_no_torch(at_desk):
     code = 'import sys; from lm_nb.cli import main; main(["--help"]); print(sorted({"torch", "numpy", "datasets"} & set(sys.modules)))'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith('[]\n') and done.stderr == ''
-    for word in 'run tokenizer shards pretrain sft evaluate chat generate recipe fetch micro poems base-124m own'.split():
+    for word in 'run tokenizer shards pretrain sft evaluate chat generate recipe plan profile fetch bench micro poems base-124m own'.split():
         assert re.search(rf'\b{word}\b', done.stdout), word
 
 

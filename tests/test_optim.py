@@ -172,6 +172,11 @@ def test_a_model_without_vectors_or_tables_needs_no_adamw():
     model = nn.Sequential(nn.Linear(4, 4, bias=False))
     assert [type(o) for o in make_optimizers(model, OptimConfig())] == [Muon]
 
+def test_a_recipe_in_fp32_orthogonalizes_in_fp32():
+    from lm_nb.train import TrainConfig
+    for name, dtype in (('fp32', torch.float32), ('auto', None)):
+        assert make_optimizers(tiny(), TrainConfig(dtype=name))[0].dtype == dtype
+
 def test_adamw_is_torchs():
     torch.manual_seed(0)
     a = tiny(arch='gpt2')

@@ -1,11 +1,17 @@
 """Several processes: they learn what one learns, go on as if nothing had happened when one dies, and never wait forever"""
-import json, os, random, signal, subprocess, sys, threading, time
+import json, os, random, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 
-import pytest, torch
+import numpy as np
+import pytest, torch, yaml
+from hypothesis import given, settings, strategies as st
 
 import rank_work, soak
+from lm_nb.cluster import RemoteShards, kubernetes_job, slurm_script, unpermute, when_read
+from lm_nb.core import UserError
 from lm_nb.ranks import launch
+from lm_nb.shards import Order, Shards, mix, permute, write_shards
+from lm_nb.tokenizer import Tokenizer
 from lm_nb.train import read_log
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason='this torch cannot run several ranks')
@@ -13,7 +19,7 @@ WORK = Path(rank_work.__file__)
 KINDS = [dict(parallel='ddp'), dict(parallel='fsdp'), dict(parallel='hsdp', shards=1), dict(parallel='ddp', micro_rows=2), dict(parallel='fsdp', micro_rows=2)]
 BOTH = 'ddp', 'fsdp'
 KILLS = soak.count(1, 10)
-LONG = dict(steps=60*max(1, KILLS//3), model=dict(dropout=.1))   # the runs that get hurt
+LONG = dict(steps=36*max(1, KILLS//2), model=dict(dropout=.1))   # the runs that get hurt
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -129,7 +135,7 @@ def test_a_killed_rank_costs_seconds_and_nothing_else(pair, tmp_path, parallel):
     with soak.trials(f'kill -9 of one of two ranks, {parallel}') as tally:
         waits = []
         for k in range(KILLS):
-            at = (k + 1)*LONG['steps']//(KILLS + 1) + chance.randrange(-4, 5)
+            at = (k + 1)*LONG['steps']//(KILLS + 1) + chance.randrange(-3, 4)
             run.until(lambda: run.runs(k) and run.step() >= at)
             os.kill(run.pid(chance.randrange(2), k), signal.SIGKILL)
             t0 = time.time()
@@ -183,3 +189,66 @@ def test_ranks_that_differ_in_their_micro_batches_are_told_and_nobody_waits(tmp_
     status, lines = start(tmp_path, [dict(do='uneven')], 2)
     assert status == 2 and 'ranks differ in the number of micro-batches in a step: 2 and 3' in '\n'.join(lines)
     assert time.time() - t0 < 60  # the time-out, at which a rank that waits would have given up
+
+
+# ------------------------------------------------------------------ a trillion tokens
+
+@pytest.mark.parametrize('world, rows', [(1024, 4096), (1000, 4099), (7, 64), (1, 5)])
+def test_a_trillion_tokens_are_read_without_repeats_or_gaps(world, rows):
+    n = 10**12 // 2048
+    orders = [Order(n, rows, 3, r, world) for r in range(world)]
+    chance = np.random.default_rng(world)
+    for step in (0, n//rows, *chance.integers(0, n//rows, 3)):  # the step at n//rows goes across the epoch's end
+        places = np.concatenate([np.concatenate(o.positions(int(step))) for o in orders])
+        assert np.array_equal(places, np.arange(step*rows, (step + 1)*rows)), 'the shares of the ranks do not tile the step'
+        samples = np.concatenate([np.concatenate(o(int(step))) for o in orders])
+        epochs = places//n
+        for e in np.unique(epochs):
+            key = int(mix(3)[0]) + int(e)
+            assert np.array_equal(unpermute(samples[epochs == e], n, key), places[epochs == e] % n), 'the order has no inverse'
+    for sample in chance.integers(0, n, 3):
+        step, rank = when_read(int(sample), orders[0], world)
+        assert sample in np.concatenate(orders[rank](step))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 10**12), st.integers(0, 2**63), st.data())
+def test_the_inverse_undoes_the_permutation_for_any_size(n, key, data):
+    some = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=50)))
+    assert np.array_equal(unpermute(permute(some, n, key), n, key), some)
+    assert np.array_equal(permute(unpermute(some, n, key), n, key), some)
+
+
+# ------------------------------------------------------------------ data far away
+
+def test_two_readers_share_a_cache_and_a_cut_fetch_leaves_nothing(tmp_path):
+    docs = [f'Text {i} ' * 30 for i in range(200)]
+    tok = Tokenizer.train(docs, vocab_size=280, kind='bpe')
+    write_shards(docs, tok, tmp_path/'near', shard_tokens=2**12)
+    near, url = Shards(tmp_path/'near', tok), f'file://{tmp_path}/far'
+    shutil.copytree(tmp_path/'near', tmp_path/'far')
+    names = [s['name'] + '.bin' for s in near.index['shards']]
+    size = max((tmp_path/'far'/n).stat().st_size for n in names)
+    a, b = (RemoteShards(url, tmp_path/'cache', tok, room=2*size) for _ in range(2))
+    for at in np.random.default_rng(0).integers(0, len(near) - 300, 60):  # each throws out what the other reads
+        want = near.tokens(int(at), int(at) + 300)
+        for far in a, b: assert np.array_equal(far.tokens(int(at), int(at) + 300), want)
+        assert len(list((tmp_path/'cache').glob('*.bin'))) <= 2
+    for p in (tmp_path/'cache').glob('*.bin'): p.unlink()
+    path = tmp_path/'far'/names[0]
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match='is not the file that the index names'): a.tokens(0, 5)
+    path.unlink()
+    with pytest.raises(UserError, match='cannot be read'): a.tokens(0, 5)
+    assert not [p for p in (tmp_path/'cache').iterdir() if 'tmp' in p.name or p.suffix == '.bin']
+
+
+def test_launch_files_are_valid():
+    known = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--help'], capture_output=True, text=True).stdout.replace(',', ' ').split()
+    for nodes, gpus in (1, 1), (16, 8):
+        script = slurm_script('micro', '/runs/micro', nodes, gpus)
+        assert subprocess.run(['bash', '-n'], input=script, text=True).returncode == 0
+        service, job = yaml.safe_load_all(kubernetes_job('micro', 'image:1', 'claim', nodes, gpus))
+        words = job['spec']['template']['spec']['containers'][0]['command']
+        for text in (script, ' '.join(words)): assert f'--nproc-per-node={gpus}' in text and '-m lm_nb.pretrain micro' in text
+        assert {w.split('=')[0] for w in words if w.startswith('--')} <= set(known)

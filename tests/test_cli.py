@@ -311,7 +311,7 @@ def test_chat_answers_each_piped_line_and_ends_with_them(trained):
 def test_a_run_directory_of_another_recipe_is_refused_and_untouched(trained, bad):
     run, words, _ = trained
     for stage in ('run', 'tokenizer', 'pretrain', 'sft', 'evaluate'):
-        bad([stage, *words, 'lr=0.01'], str(run), 'holds the run of another recipe', 'pretrain.lr', '0.003', '0.01', 'run_dir=')
+        bad([stage, *words, 'lr=0.01'], str(run), 'holds the run of another recipe', 'pretrain.lr', '0.01 now', 'run_dir=')
     bad(['run', 'micro', f'run_dir={run}'], 'holds the run of another recipe')
 
 

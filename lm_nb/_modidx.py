@@ -980,6 +980,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'lm_nb.train.Verdict.__bool__': ('train.html#verdict.__bool__', 'lm_nb/train.py'),
                              'lm_nb.train.Verdict.__init__': ('train.html#verdict.__init__', 'lm_nb/train.py'),
                              'lm_nb.train._ahead': ('train.html#_ahead', 'lm_nb/train.py'),
+                             'lm_nb.train._attention': ('train.html#_attention', 'lm_nb/train.py'),
                              'lm_nb.train._cut_texts': ('train.html#_cut_texts', 'lm_nb/train.py'),
                              'lm_nb.train._explain_memory': ('train.html#_explain_memory', 'lm_nb/train.py'),
                              'lm_nb.train._quietly': ('train.html#_quietly', 'lm_nb/train.py'),

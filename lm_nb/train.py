@@ -19,7 +19,7 @@ from torch import nn
 
 from .core import UserError, atomic, check, nearest, pick_device, pick_dtype, progress, read_json, write_json
 from .shards import IGNORE, Ahead, Batch, mix
-from .model import GPT
+from .model import GPT, attention_kernel, pick_attention
 from .optim import OptimConfig, lr_factor, make_optimizers, set_lr
 from .estimate import largest_rows, memory, memory_room, size
 from .ranks import Ranks, agree, all_sum, any_rank, clip_norm, on_first, sync_on_last, time_out, wrap
@@ -483,6 +483,13 @@ def _ahead(batches, device):
     if device.type == 'cpu': return batches
     return Ahead(batches, pinned if device.type == 'cuda' else None)
 
+# %% ../nbs/09_train.ipynb #d45eaa08
+def _attention(gpt, batches, start, device, dtype):
+    "The kernel of attention that is fastest on a GPU for such batches, for the time of a run"
+    if device.type != 'cuda': return nullcontext()
+    first = batches(start)[0]
+    return attention_kernel(pick_attention(gpt.cfg, len(first.x), device, dtype, first.doc is not None))
+
 # %% ../nbs/09_train.ipynb #3f828b08
 def train(
     gpt:GPT, # the model; trained in place
@@ -513,7 +520,7 @@ def train(
     guard = Guard(cfg, folder, getattr(batches, 'documents', lambda step: []), ranks, desc, left.get('skipped', 0))
     now = lambda every, s: due(every, s.step, cfg.steps)
     bar = progress(total=cfg.steps * cfg.batch_tokens, initial=start * cfg.batch_tokens, desc=desc, unit='tok', unit_scale=True)
-    with saver, stop_flag() as stopped, bar, _explain_memory(gpt, cfg, dtype, device, ranks):
+    with saver, stop_flag() as stopped, bar, _explain_memory(gpt, cfg, dtype, device, ranks), _attention(gpt, batches, start, device, dtype):
         for s in training_steps(model, optimizers, _ahead(batches, device), cfg, start, ranks, device, dtype, scaler, seed):
             bar.update(cfg.batch_tokens)
             guard.see(s)

@@ -540,7 +540,7 @@ def train(
                     guard.judge()
                     saver.save(s.step, dict(point=meter.state(), skipped=guard.skipped))
             if halt and s.step < cfg.steps:
-                saver.wait()
+                saver.close()  # "saved" is said only when it is true
                 log.close()
                 raise Interrupted(f'{desc}: stopped at step {s.step} of {cfg.steps} and saved; the same command goes on from there')
     log.close(recipe, {k: v for k, v in last.items() if k in ('loss', 'valid_loss')})

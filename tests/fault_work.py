@@ -362,6 +362,29 @@ def no_targets(folder):
             tally.add([s for s in range(39) if all(map(torch.equal, seen[s], seen[s + 1]))] == [4, 11], 'who moved')
 
 
+def bad_rank(folder):
+    "One of two ranks gets a loss that is no number: both stop before the update, and the report names that rank and its documents"
+    from lm_nb.model import GPT, GPTConfig
+    from lm_nb.ranks import close_ranks, init_ranks
+    from lm_nb.shards import Batch, Order
+    ranks = init_ranks(torch.device('cpu'))
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(vocab_size=50, context=16, n_layer=1, n_head=2, d_model=32))
+    order, before = Order(64, 6, 0, ranks.rank, ranks.world), []
+    class Rows:
+        def documents(self, step): return [f'row {k}' for micro in order(step) for k in micro]
+        def __call__(self, step):
+            if step == 5: before.append([p.detach().clone() for p in gpt.parameters()])
+            if step == 5 and ranks.rank == 1: gpt.register_forward_hook(lambda *a: a[2] * float('nan'))
+            return [Batch(*torch.tensor([[[(int(k)*7 + i*3 + j) % 50 for i in range(16)] for k in micro] for j in range(2)]).unbind(), None) for micro in order(step)]
+    said = ''
+    try: train.train(gpt, Rows(), train.TrainConfig(tokens=960, batch_tokens=96, device='cpu', dtype='fp32', save_every=1, log_every=1, eval_every=0), folder/'stage', ranks=ranks)
+    except UserError as e: said = str(e)
+    held = all(map(torch.equal, before[0], gpt.parameters()))
+    (folder/f'rank-{ranks.rank}.json').write_text(json.dumps(dict(said=said, held=held, documents=Rows().documents(5))))
+    close_ranks(0)
+
+
 def main(scene, folder):
     torch.set_num_threads(1)
     globals()[scene](Path(folder).resolve())

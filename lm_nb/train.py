@@ -333,7 +333,7 @@ def stop_flag():
     "Yield a function that tells whether Ctrl-C or SIGTERM came"
     caught = []
     def handler(signum, frame):
-        if caught: raise KeyboardInterrupt
+        if caught and signum == signal.SIGINT: raise KeyboardInterrupt  # a launcher may send SIGTERM twice
         caught.append(signum)
     try: old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     except ValueError: old = {}  # not in the main thread: signals are somebody else's

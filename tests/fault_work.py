@@ -7,7 +7,7 @@ from pathlib import Path
 os.environ['IN_TEST'] = '1'
 
 import torch
-import torch.utils.tensorboard  # noqa: F401  before forking: it is slow
+import torch.utils.tensorboard  # before forking: it is slow
 import soak
 from lm_nb import checkpoint, cli, cleaning, core, packing, poems, pretrain, sft, train, workbook  # noqa: F401
 from lm_nb.checkpoint import checkpoints, damage
@@ -132,6 +132,12 @@ def trouble(name, stop=lambda: False, spoil=lambda gpt, step: None, **how):
     finally: module.train = real
 
 
+def after(n):
+    "A function that says stop when it is asked for the nth time"
+    asked = []
+    return lambda: asked.append(1) or len(asked) == n
+
+
 class Crash(BaseException): "As if the power had gone"
 
 
@@ -155,15 +161,14 @@ def stops(folder):
                     run = run.with_name(run.name + 'x')
                     if name == 'sft': stage('pretrain', run)
                     continue
-                step, micro, asked = rng.randrange(start, min(start + 8, total - 1)), rng.randrange(1, 3), []
+                step, micro = rng.randrange(start, min(start + 8, total - 1)), rng.randrange(1, 3)
                 if tally.count % 2:
                     def reached(s, i, step=step, micro=micro):
                         if (s, i) == (step, micro): raise Crash
                     with contextlib.suppress(Crash), trouble(name, reached=reached): stage(name, run)
                     crashed.append((step, micro))
                 else:
-                    def stop(step=step, start=start, asked=asked): return asked.append(1) or len(asked) == step + 1 - start
-                    with contextlib.suppress(Interrupted), trouble(name, stop=stop): stage(name, run)
+                    with contextlib.suppress(Interrupted), trouble(name, stop=after(step + 1 - start)): stage(name, run)
                     at.append(step + 1)
                 tally.add(not (run/dict(pretrain='base', sft='chat')[name]).exists(), 'it did not stop')
             stage(name, run)
@@ -209,7 +214,7 @@ def job(folder):
     def both(run): stage('pretrain', run), stage('sft', run)
     assert ended(child(both, folder/'whole', said='whole.txt')) == 0, Path('whole.txt').read_text()
     want, rng, run, k = print_of(folder/'whole'), random.Random(1), folder/'run-0', 0
-    files = [p.relative_to(folder/'whole') for p in (folder/'whole').rglob('*') if p.is_file() and p.parts[len(folder.parts) + 1] in ('tokenizer', 'shards', 'packed', 'text')]
+    files = [p.relative_to(folder/'whole') for name in ('tokenizer', 'shards', 'packed', 'text') for p in (folder/'whole'/name).rglob('*') if p.is_file()]
     with soak.trials('kill -9 anywhere in a whole job') as tally:
         n = soak.count(8, 60)
         while tally.count < n or k == 0:
@@ -258,7 +263,7 @@ def disk(folder):
         for i in range(soak.count(2, 10)):
             run, rng = prepared(folder/f'run-{i}', folder/'whole'), random.Random(i)
             step = rng.randrange(5, 30)
-            with contextlib.suppress(Interrupted), trouble('pretrain', stop=lambda left=[step]: left.append(left.pop() - 1) or left[0] == 0): stage('pretrain', run, *words[2:])
+            with contextlib.suppress(Interrupted), trouble('pretrain', stop=after(step)): stage('pretrain', run, *words[2:])
             status = ended(child(limited, int(size * rng.uniform(.3, .999)), *words, f'run_dir={run}', said='said.txt'))
             said = Path('said.txt').read_text().splitlines()
             told = [l for l in said if 'could not be saved' in l and 'the run goes on' in l]
@@ -280,11 +285,11 @@ def memory(folder):
     with soak.trials('out of memory') as tally:
         for i in range(soak.count(1, 5)):
             run = prepared(folder/f'run-{i}', folder/'whole')
-            stop = lambda left=[1 + i % 2]: left.append(left.pop() - 1) or left[0] == 0
-            with contextlib.suppress(Interrupted), trouble('pretrain', stop=stop): stage('pretrain', run, 'micro_rows=64', *words[2:])
+            with contextlib.suppress(Interrupted), trouble('pretrain', stop=after(1 + i % 2)): stage('pretrain', run, 'micro_rows=64', *words[2:])
             saved = steps_saved(run/'pretrain'/'checkpoints')
-            status, said = ended(child(limited, 300 << 20, *words, 'micro_rows=1024', f'run_dir={run}', said='said.txt')), Path('said.txt').read_text().splitlines()
-            ok = status == 2 and len(said) == 1 and said[0].startswith('lm-nb: out of memory: ') and 'micro_rows=' in said[0] and 'the last checkpoint is intact' in said[0]
+            status = ended(child(limited, 300 << 20, *words, 'micro_rows=1024', f'run_dir={run}', said='said.txt'))
+            said = Path('said.txt').read_text().splitlines()
+            ok = status == 2 and len(said) == 1 and all(w in said[0] for w in ('lm-nb: out of memory: ', 'micro_rows=', 'the last checkpoint is intact'))
             ok = ok and saved == steps_saved(run/'pretrain'/'checkpoints')
             assert ended(child(limited, 300 << 20, *words, 'micro_rows=64', f'run_dir={run}', said='again.txt')) == 0, Path('again.txt').read_text()
             tally.add(ok and print_of(run) == print_of(folder/'whole'), f'{status} {said[-2:]}')
@@ -303,7 +308,7 @@ def _hook(gpt, f):
 
 
 def numbers(folder):
-    "A loss or a gradient that is not finite: nobody moves, the report names step, rank and documents, and the run goes on from its checkpoint as if nothing had been"
+    "A loss or a gradient that is not finite: nobody moves, a report names step, rank and documents, and the run goes on from its checkpoint"
     desk(folder)
     stage('pretrain', folder/'whole', 'save_every=1')
     with soak.trials('loss or gradient not finite') as tally:
@@ -315,7 +320,7 @@ def numbers(folder):
             except UserError as e: said = str(e)
             reports = list((run/'pretrain').glob('bad-step-*.json'))
             report = json.loads(reports[0].read_text()) if reports else {}
-            ok = f'step {at + 1}' in said and 'rank 0' in said and '\n' not in said and report.get('step') == at + 1 and report.get('rank') == 0 and report.get('documents')
+            ok = f'step {at + 1}' in said and 'rank 0' in said and '\n' not in said and (report.get('step'), report.get('rank')) == (at + 1, 0) and report['documents']
             ok = ok and max(steps_saved(run/'pretrain'/'checkpoints')) == at
             stage('pretrain', run, 'save_every=1')   # the fault does not come back: from here on it is the whole run
             tally.add(ok and print_of(run) == print_of(folder/'whole'), f'{fault.__name__} at {at}: {said} {report}')
@@ -332,10 +337,11 @@ def skipped(folder):
         with trouble('pretrain', spoil=spoil): stage('pretrain', folder/'run', 'skip_bad=3')
         still = [s for s in range(39) if all(map(torch.equal, seen[s], seen[s + 1]))]
         tally.add(still == [5, 6, 20], f'nobody moved in {still}')
-        tally.add(all(l < 10 for l in losses(folder/'run'/'pretrain').values()) and len(list((folder/'run'/'pretrain').glob('bad-step-*.json'))) == 3, 'curve and reports')
+        reports = list((folder/'run'/'pretrain').glob('bad-step-*.json'))
+        tally.add(all(l < 10 for l in losses(folder/'run'/'pretrain').values()) and len(reports) == 3, 'curve and reports')
         said = ''
         try:
-            with contextlib.suppress(Interrupted), trouble('pretrain', spoil=spoil, stop=lambda left=[12]: left.append(left.pop() - 1) or left[0] == 0): stage('pretrain', folder/'cap', 'skip_bad=2')
+            with contextlib.suppress(Interrupted), trouble('pretrain', spoil=spoil, stop=after(12)): stage('pretrain', folder/'cap', 'skip_bad=2')
             with trouble('pretrain', spoil=spoil): stage('pretrain', folder/'cap', 'skip_bad=2')
         except UserError as e: said = str(e)
         tally.add('step 21' in said, f'the third one ends the run: {said!r}')
@@ -376,9 +382,11 @@ def bad_rank(folder):
         def __call__(self, step):
             if step == 5: before.append([p.detach().clone() for p in gpt.parameters()])
             if step == 5 and ranks.rank == 1: gpt.register_forward_hook(lambda *a: a[2] * float('nan'))
-            return [Batch(*torch.tensor([[[(int(k)*7 + i*3 + j) % 50 for i in range(16)] for k in micro] for j in range(2)]).unbind(), None) for micro in order(step)]
+            tokens = [torch.tensor([[(int(k)*7 + i*3) % 50 for i in range(17)] for k in micro]) for micro in order(step)]
+            return [Batch(t[:, :-1], t[:, 1:], None) for t in tokens]
     said = ''
-    try: train.train(gpt, Rows(), train.TrainConfig(tokens=960, batch_tokens=96, device='cpu', dtype='fp32', save_every=1, log_every=1, eval_every=0), folder/'stage', ranks=ranks)
+    cfg = train.TrainConfig(tokens=960, batch_tokens=96, device='cpu', dtype='fp32', save_every=1, log_every=1, eval_every=0)
+    try: train.train(gpt, Rows(), cfg, folder/'stage', ranks=ranks)
     except UserError as e: said = str(e)
     held = all(map(torch.equal, before[0], gpt.parameters()))
     (folder/f'rank-{ranks.rank}.json').write_text(json.dumps(dict(said=said, held=held, documents=Rows().documents(5))))

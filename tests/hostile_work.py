@@ -6,9 +6,9 @@ from pathlib import Path
 
 SECONDS = 60                                     # for one case
 TEXTS = ['', ' ', 'The cat  sat on the mat.\n', '春眠不覺曉，處處聞啼鳥。', '\0\t\x7f', '𠀀é e\u0301 👩\u200d🚀 ▁▅⁇', '<|user|></s><0xE4>', 'aa' * 3000]
-HOSTILE = ['', ' ', 'none', 'None', 'nan', 'inf', '-inf', '-1', '0', '1', '2', '3', '-0', '1e400', '1e-400', '0.5', '0.999999', '1.0000001', '9' * 5000, str(2**31), str(2**63),
-           str(2**64), '-9223372036854775809', 'true', 'False', 'yes', '0x10', '1_0', '__', '१२', '½', '1e3', '1e999999999', '%(x)s', '${a}', '$(reboot)', '../../etc/passwd', '/dev/null',
-           'a=b', '=', '[', ']', '"', "'", '名字', '\ufeff', '\u202e1', 'x' * 10000, 'auto', 'cpu', 'cuda:99', 'mps', 'meta', 'microworld', 'hf:', 'unigram', 'muon', 'gpt2', 'qwen3', 'fsdp']
+HOSTILE = ['', ' ', 'none', 'None', 'nan', 'inf', '-inf', '-1', '0', '1', '2', '3', '-0', '1e400', '1e-400', '0.5', '0.999999', '1.0000001', '9' * 5000, str(2**31), str(2**63),  # noqa: E501
+           str(2**64), '-9223372036854775809', 'true', 'False', 'yes', '0x10', '1_0', '__', '१२', '½', '1e3', '1e999999999', '%(x)s', '${a}', '$(reboot)', '../../etc/passwd', '/dev/null',  # noqa: E501
+           'a=b', '=', '[', ']', '"', "'", '名字', '\ufeff', '\u202e1', 'x' * 10000, 'auto', 'cpu', 'cuda:99', 'mps', 'meta', 'microworld', 'hf:', 'unigram', 'muon', 'gpt2', 'qwen3', 'fsdp']  # noqa: E501
 
 
 # ------------------------------------------------------------------ how bytes and values are changed
@@ -35,7 +35,7 @@ def odd(rng, value=None):
     "A JSON value where another was expected"
     deep = []
     for _ in range(rng.choice((1, 50, 2000))): deep = [deep]
-    return rng.choice([None, True, 0, 1, -1, 2**31, 2**63, 10**30, 1e308, 0.5, math.nan, math.inf, '', 'x', 'x' * 10**5, '../../x', '\0', [], {}, [value], {'a': value}, deep, [[]] * 1000, str(value),
+    return rng.choice([None, True, 0, 1, -1, 2**31, 2**63, 10**30, 1e308, 0.5, math.nan, math.inf, '', 'x', 'x' * 10**5, '../../x', '\0', [], {}, [value], {'a': value}, deep, [[]] * 1000, str(value),  # noqa: E501
                        *([value + 1, -value, value * 2, value // 2, float(value)] if type(value) is int else [])])
 
 
@@ -77,7 +77,7 @@ def mutated_proto(base, rng):
             m.pieces[a].CopyFrom(m.pieces[b]), m.pieces[b].CopyFrom(one)
         if how == 'trainer':
             t = m.trainer_spec
-            k = rng.choice('model_type vocab_size unk_id bos_id eos_id pad_id byte_fallback treat_whitespace_as_suffix unk_surface unk_piece bos_piece pad_piece max_sentencepiece_length'.split())
+            k = rng.choice('model_type vocab_size unk_id bos_id eos_id pad_id byte_fallback treat_whitespace_as_suffix unk_surface unk_piece bos_piece pad_piece max_sentencepiece_length'.split())  # noqa: E501
             if k == 'model_type': t.model_type = rng.randrange(1, 5)
             elif k.endswith(('_piece', '_surface')): setattr(t, k, rng.choice(('', '<0x41>', '\0', 'x' * 5000, '<pad>', '▁')))
             elif k in ('byte_fallback', 'treat_whitespace_as_suffix'): setattr(t, k, not getattr(t, k))
@@ -87,8 +87,8 @@ def mutated_proto(base, rng):
             setattr(m.normalizer_spec, k, not getattr(m.normalizer_spec, k))
         if how == 'charsmap':
             size = rng.choice((0, 1, 4, 100, 2**31, 2**32 - 4))
-            m.normalizer_spec.precompiled_charsmap = rng.choice((b'', size.to_bytes(4, 'little')[:4] + rng.randbytes(rng.choice((0, 3, 1024, 4096))), rng.randbytes(64)))
-        if how == 'denormalizer': m.denormalizer_spec.precompiled_charsmap = rng.choice((4, 1024)).to_bytes(4, 'little') + rng.randbytes(rng.choice((4, 1024, 2048)))
+            m.normalizer_spec.precompiled_charsmap = rng.choice((b'', size.to_bytes(4, 'little')[:4] + rng.randbytes(rng.choice((0, 3, 1024, 4096))), rng.randbytes(64)))  # noqa: E501
+        if how == 'denormalizer': m.denormalizer_spec.precompiled_charsmap = rng.choice((4, 1024)).to_bytes(4, 'little') + rng.randbytes(rng.choice((4, 1024, 2048)))  # noqa: E501
         if how == 'clear': m.ClearField(rng.choice(('pieces', 'trainer_spec', 'normalizer_spec')))
         if how == 'many':
             for i in range(3000): m.pieces.add(piece=f'p{i}', score=-i, type=rng.choice((1, 1, 1, 4)))
@@ -122,7 +122,7 @@ def mutated_ini(text, rng):
         key, eq, value = lines[at].partition('=')
         how = rng.choice('value value value value value key drop twice move section like indent empty join bom long colon'.split())
         if how == 'value' and eq: lines[at] = f'{key}= {rng.choice(HOSTILE)}'
-        if how == 'key' and eq: lines[at] = rng.choice((key.strip()[:-1], key.upper(), '', 'x.' + key, 'pretrain.' + key, 'sft.' + key, key + '\t', '名', 'like', '__class__')) + ' = ' + value
+        if how == 'key' and eq: lines[at] = rng.choice((key.strip()[:-1], key.upper(), '', 'x.' + key, 'pretrain.' + key, 'sft.' + key, key + '\t', '名', 'like', '__class__')) + ' = ' + value  # noqa: E501
         if how == 'drop': lines[at] = ''
         if how == 'twice': lines.insert(at, lines[at])
         if how == 'move': lines.insert(rng.randrange(len(lines)), lines.pop(at))
@@ -159,22 +159,30 @@ def command(main, words):
     return 'accepted' if status == 0 else said[-1]
 
 
-KEYS = """seed control text text_valid clean dedup kind vocab_size tokenizer_chars context arch n_layer n_head n_kv_head d_model d_ff tie dropout norm_eps rope_theta batch_tokens tokens pretrain.tokens sft.tokens
-replay lr muon_lr optimizer weight_decay warmup cooldown schedule clip dtype compile micro_rows log_every eval_every save_every keep_last keep_every skip_bad parallel shards valid_share tellings weights max_documents
-instructions errors separator field like nonsense model.context pretrain.lr data.text name steps device""".split()
+KEYS = """
+seed control text text_valid clean dedup kind vocab_size tokenizer_chars context arch n_layer n_head n_kv_head d_model d_ff tie dropout norm_eps
+rope_theta batch_tokens tokens pretrain.tokens sft.tokens replay lr muon_lr optimizer weight_decay warmup cooldown schedule clip dtype compile
+micro_rows log_every eval_every save_every keep_last keep_every skip_bad parallel shards valid_share tellings weights max_documents instructions
+errors separator field like nonsense model.context pretrain.lr data.text name steps device
+""".split()
 
 
 # ------------------------------------------------------------------ whole runs under odd recipes
 
-BOUNDED = {k: v for k, v in dict(
-    seed='0 -1 3 18446744073709551616', context='1 2 3 8 31 160 161 1000', n_layer='0 1 2 3 -1', n_head='0 1 3 5 64', n_kv_head='none 0 1 2 3 7', d_model='1 2 3 6 30 32 33 34 64', d_ff='none 0 1 3 7 64',
-    vocab_size='1 264 265 270 310 330 400 5000', kind='bpe unigram char', dropout='0 0.5 0.99 1 -0.1 nan', tie='true false maybe', arch='gpt2 qwen3 llama', optimizer='muon adamw sgd',
-    lr='0 1e-9 0.01 1 1e30 nan inf -1 none', muon_lr='0 1e-9 1 1e30 nan inf -1 none', weight_decay='0 1 1e9 nan -1', warmup='0 1 3 10000 -1 0.5', cooldown='0 0.5 1 2 -1 nan', schedule='linear cosine wsd x',
-    clip='0 1e-9 1e9 nan inf -1', batch_tokens='1 31 32 33 160 500 4800 100000', micro_rows='none 0 1 2 3 100', norm_eps='0 1e-30 1 nan -1', rope_theta='0 1 nan 1e30 -1 10000', doc_mask='true false', valid_share='0 0.01 0.5 0.99 1 nan',
-    replay='0 0.2 0.5 0.99 1 nan', log_every='0 1 7 10000', eval_every='0 1 9', sample_every='0 1 9', save_every='0 1 9', keep_last='0 1 5', keep_every='0 1 7', skip_bad='0 100 -1', dtype='auto bf16 fp32 fp16 fp64', device='cpu auto cuda cuda:7 x',
-    parallel='ddp fsdp hsdp x', shards='none 0 1 3', text='text.txt ask.jsonl missing.txt . /dev/null', instructions='ask.jsonl text.txt missing.jsonl', field='none text x', separator='line blank file x', errors='strict replace x',
-    weights='1 0 1,2 x nan', max_documents='none 1 2 3', clean='none light full x', dedup='none exact near x', vocab_multiple='1 2 128 0 -1', recompute='true false', compile='false', qk_norm='true false', zero_init='true false', **{
-    'pretrain.tokens': '1 159 160 480 4800', 'sft.tokens': '1 159 160 480 3200', 'sft.lr': '0 1e30 nan', 'sft.batch_tokens': '1 32 160'}).items()}
+BOUNDED = dict(pair.strip().split(' = ') for pair in """
+seed = 0 -1 3 18446744073709551616 | context = 1 2 3 8 31 160 161 1000 | n_layer = 0 1 2 3 -1 | n_head = 0 1 3 5 64 | n_kv_head = none 0 1 2 3 7 |
+d_model = 1 2 3 6 30 32 33 34 64 | d_ff = none 0 1 3 7 64 | vocab_size = 1 264 265 270 310 330 400 5000 | kind = bpe unigram char |
+dropout = 0 0.5 0.99 1 -0.1 nan | tie = true false maybe | arch = gpt2 qwen3 llama | optimizer = muon adamw sgd |
+lr = 0 1e-9 0.01 1 1e30 nan inf -1 none | muon_lr = 0 1e-9 1 1e30 nan inf -1 none | weight_decay = 0 1 1e9 nan -1 | warmup = 0 1 3 10000 -1 0.5 |
+cooldown = 0 0.5 1 2 -1 nan | schedule = linear cosine wsd x | clip = 0 1e-9 1e9 nan inf -1 | batch_tokens = 1 31 32 33 160 500 4800 100000 |
+micro_rows = none 0 1 2 3 100 | norm_eps = 0 1e-30 1 nan -1 | rope_theta = 0 1 nan 1e30 -1 10000 | doc_mask = true false |
+valid_share = 0 0.01 0.5 0.99 1 nan | replay = 0 0.2 0.5 0.99 1 nan | log_every = 0 1 7 10000 | eval_every = 0 1 9 | sample_every = 0 1 9 |
+save_every = 0 1 9 | keep_last = 0 1 5 | keep_every = 0 1 7 | skip_bad = 0 100 -1 | dtype = auto bf16 fp32 fp16 fp64 | device = cpu auto cuda cuda:7 x |
+parallel = ddp fsdp hsdp x | shards = none 0 1 3 | text = text.txt ask.jsonl missing.txt . /dev/null | instructions = ask.jsonl text.txt missing.jsonl |
+field = none text x | separator = line blank file x | errors = strict replace x | weights = 1 0 1,2 x nan | max_documents = none 1 2 3 |
+clean = none light full x | dedup = none exact near x | vocab_multiple = 1 2 128 0 -1 | recompute = true false | compile = false |
+zero_init = true false | pretrain.tokens = 1 159 160 480 4800 | sft.tokens = 1 159 160 480 3200 | sft.lr = 0 1e30 nan | sft.batch_tokens = 1 32 160
+""".split('|'))
 
 
 def run(folder, rng):

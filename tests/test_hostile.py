@@ -61,7 +61,7 @@ def desk(tmp_path_factory):
     "A folder with a small recipe, a text and instruction records"
     folder = tmp_path_factory.mktemp('desk')
     (folder/'settings.ini').write_text(TINY)
-    facts = [(p, t, 1800 + 10*i + j) for i, p in enumerate('Ada Bela Cora Dora Edna Fay Gail'.split()) for j, t in enumerate('林城 海门 青山 Rivertown Oakham'.split())]
+    facts = [(p, t, 1800 + 10*i + j) for i, p in enumerate('Ada Bela Cora Dora Edna Fay Gail'.split()) for j, t in enumerate('林城 海门 青山 Rivertown Oakham'.split())]  # noqa: E501
     (folder/'text.txt').write_text(''.join(f'{p} came to {t} in {y}. {p} 在 {y} 年来到 {t}。\n' for p, t, y in facts), encoding='utf-8')
     (folder/'ask.jsonl').write_text(''.join(json.dumps(dict(instruction=f'When did {p} come?', input=t, output=f'In {y}.')) + '\n' for p, t, y in facts))
     return folder
@@ -72,7 +72,7 @@ def work(tally, kind, folder, n):
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(PACKAGE), 'PYTHONFAULTHANDLER': '', 'PAYLOAD': str(folder/'payload-ran')}
     first, came = 0, []
     while first < n:
-        job = subprocess.run([sys.executable, HERE/'hostile_work.py', kind, folder, str(first), str(n)], env=env, cwd=folder, capture_output=True, text=True, errors='replace')
+        job = subprocess.run([sys.executable, HERE/'hostile_work.py', kind, folder, str(first), str(n)], env=env, cwd=folder, capture_output=True, text=True, errors='replace')  # noqa: E501
         lines = job.stdout.splitlines()
         done = [json.loads(l) for l in lines if l.startswith('{"case"')]
         for d in done: tally.add(d['ok'], f'case {d["case"]}: {d["about"]}')

@@ -261,6 +261,7 @@ def test_what_a_recipe_leaves_open_is_worked_out():
     shape, left = GPTConfig(), dict(lr=None, muon_lr=None, weight_decay=None, warmup=None)
     full = worked_out(OptimConfig(**left), shape, 2_000_000)
     assert None not in vars(full).values() and full == worked_out(full, shape, 10**9)  # settled: nothing moves any more
+    with pytest.raises(UserError, match='worked_out'): make_optimizers(tiny(), OptimConfig(**left))
     assert worked_out(OptimConfig(**left | dict(warmup=3)), shape, 2_000_000).warmup == 3
     one = worked_out(OptimConfig(**left | dict(optimizer='adamw', lr=1e-3)), shape, 10_000_000)
     assert one.lr == 1e-3 and math.isclose(one.weight_decay, min(0.1, 1 / (1e-3 * (10_000_000 // default_batch_tokens(shape, 10_000_000)))))

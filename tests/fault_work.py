@@ -13,6 +13,8 @@ from lm_nb import checkpoint, cli, cleaning, core, packing, poems, pretrain, sft
 from lm_nb.checkpoint import checkpoints, damage
 from lm_nb.core import UserError, sha256
 from lm_nb.pretrain import load_recipe, run_folder
+from lm_nb.shards import Shards
+from lm_nb.tokenizer import Tokenizer
 from lm_nb.train import Interrupted, read_log
 
 INI = '''[tiny]
@@ -175,8 +177,7 @@ def stops(folder):
             tally.wrong += [] if print_of(run) == print_of(folder/'whole') else ['another curve or other weights']
             tally.more = dict(steps=sorted({*at, *(s + 1 for s, _ in crashed)}), inside_a_step=len(crashed))
         assert len(losses(folder/'whole'/name)) == total and tally.more['inside_a_step'] >= n // 2 - 1
-    index = json.loads((folder/'whole'/'shards'/'train'/'index.json').read_text())
-    tokens = next(v for k, v in index.items() if 'tokens' in k and isinstance(v, int))
+    tokens = len(Shards(folder/'whole'/'shards'/'train', Tokenizer.load(folder/'whole'/'tokenizer'/'tokenizer.model')))
     assert tokens < 20 * 160, f'{tokens} tokens in the text: an epoch ends among the stops'
 
 
@@ -280,7 +281,7 @@ def memory(folder):
         used = int(next(l for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('VmSize')).split()[1]) * 1024
         resource.setrlimit(resource.RLIMIT_AS, (used + more, resource.RLIM_INFINITY))
         return shell(*words)
-    words = 'pretrain', 'tiny', 'batch_tokens=32768', 'tokens=98304', 'vocab_size=600', 'save_every=1', 'eval_every=0'   # 3 steps of 1024 rows
+    words = 'pretrain', 'tiny', 'batch_tokens=32768', 'tokens=98304', 'd_model=64', 'vocab_size=600', 'save_every=1', 'eval_every=0'   # 3 steps of 1024 rows
     assert ended(child(shell, *words, 'micro_rows=64', f'run_dir={folder/"whole"}', said='said.txt')) == 0, Path('said.txt').read_text()
     with soak.trials('out of memory') as tally:
         for i in range(soak.count(1, 5)):
@@ -320,7 +321,8 @@ def numbers(folder):
             except UserError as e: said = str(e)
             reports = list((run/'pretrain').glob('bad-step-*.json'))
             report = json.loads(reports[0].read_text()) if reports else {}
-            ok = f'step {at + 1}' in said and 'rank 0' in said and '\n' not in said and (report.get('step'), report.get('rank')) == (at + 1, 0) and report['documents']
+            ok = f'step {at + 1}' in said and 'rank 0' in said and '\n' not in said
+            ok = ok and (report.get('step'), report.get('rank')) == (at + 1, 0) and report['documents']
             ok = ok and max(steps_saved(run/'pretrain'/'checkpoints')) == at
             stage('pretrain', run, 'save_every=1')   # the fault does not come back: from here on it is the whole run
             tally.add(ok and print_of(run) == print_of(folder/'whole'), f'{fault.__name__} at {at}: {said} {report}')

@@ -94,26 +94,26 @@ def test_mutated_tokenizers_are_refused_or_keep_every_text(place):
 
 def test_mutated_recipes_are_read_or_told_in_one_line(place):
     with soak.trials('mutated recipes') as tally:
-        came = work(tally, 'recipe', place, soak.count(150, 1000))
+        came = work(tally, 'recipe', place, soak.count(100, 1000))
         tally.more['accepted'] = came.count('accepted')
         assert .05 * len(came) < came.count('accepted') < .9 * len(came)
 
 
 def test_mutated_checkpoints_are_passed_over_or_told_in_one_line(place):
     with soak.trials('mutated checkpoints') as tally:
-        came = work(tally, 'checkpoint', place, soak.count(60, 600))
+        came = work(tally, 'checkpoint', place, soak.count(40, 600))
         tally.more |= {k: came.count(k) for k in ('accepted', 'the one before')}
         assert came.count('the one before') > .1 * len(came)
 
 
 def test_mutated_model_folders_load_whole_or_are_told_in_one_line(place):
     with soak.trials('mutated model folders') as tally:
-        came = work(tally, 'model', place, soak.count(60, 400))
+        came = work(tally, 'model', place, soak.count(40, 400))
         tally.more['accepted'] = came.count('accepted')
         assert came.count('accepted') < .5 * len(came)
 
 
 def test_runs_of_odd_recipes_end_well_or_in_one_line(desk):
     with soak.trials('whole runs of odd recipes') as tally:
-        came = work(tally, 'run', desk, soak.count(8, 300))
+        came = work(tally, 'run', desk, soak.count(5, 300))
         tally.more['accepted'] = sum(c.startswith('accepted') for c in came)

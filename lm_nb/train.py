@@ -240,14 +240,14 @@ class Meter:
         self.cfg, self.device, self.world = cfg, device, world
         self.peak, self.flops = matmul_peak(device, dtype), gpt.flops_per_token(gpt.cfg.context)
         self._clear()
-        if saved: self.nll, self.targets = saved['nll'], saved['targets']
+        if saved: self.nll, self.targets, self.empty = saved['nll'], saved['targets'], saved['empty']
 
-    def _clear(self): self.nll, self.targets, self.steps, self.t0 = 0., 0, 0, time.perf_counter()
+    def _clear(self): self.nll, self.targets, self.empty, self.steps, self.t0 = 0., 0, 0, 0, time.perf_counter()
 
     def add(self, s:Step):
         "Take a step into the point; one that was left out does not count"
         self.nll, self.targets = (have + torch.where(s.bad, 0., new) for have, new in ((self.nll, s.nll), (self.targets, s.targets)))
-        self.steps += 1
+        self.empty, self.steps = self.empty + (s.targets == 0), self.steps + 1
 
     @contextmanager
     def paused(self):
@@ -256,7 +256,7 @@ class Meter:
         try: yield
         finally: self.t0 += time.perf_counter() - t
 
-    def state(self) -> dict: return dict(nll=float(self.nll), targets=float(self.targets))  # the point that is still open
+    def state(self) -> dict: return dict(nll=float(self.nll), targets=float(self.targets), empty=int(self.empty))  # the point that is still open
 
     def read(self, s:Step) -> dict:
         "The point that ends with this step; the next one begins"
@@ -264,6 +264,7 @@ class Meter:
         speed = self.steps * self.cfg.batch_tokens / (time.perf_counter() - self.t0)
         point = dict(loss=loss, lr=s.lr * self.cfg.lr, grad_norm=s.grad_norm.item(), tokens_per_s=speed,
                      mfu=speed * self.flops / (self.peak * self.world), memory_gib=peak_memory(self.device), tokens=s.step * self.cfg.batch_tokens)
+        if empty := int(self.empty): point['empty_steps'] = empty  # without a target: loss 0, and nobody has moved
         self._clear()
         return point
 
@@ -526,7 +527,7 @@ def train(
             guard.see(s)
             meter.add(s)
             if now(cfg.log_every, s):
-                last = meter.read(s)
+                last = {**meter.read(s), **({'skipped_steps': guard.skipped} if guard.skipped else {})}
                 log.scalars(s.step, **last)
                 bar.set_postfix(loss=f'{last["loss"]:.3f}', refresh=False)
             with meter.paused():

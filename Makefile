@@ -24,7 +24,7 @@ test: $(VENV)/.dev ## every check: export, README, lint, pytest, the notebooks, 
 	@echo "== 3/6 lint"; $(BIN)/ruff check --quiet --output-format concise . && echo clean
 	@echo "== 4/6 notebooks, two at a time"; $(ONE) PATH="$$PWD/$(BIN):$$PATH" $(BIN)/nbdev-test --n-workers 2 --timing
 	@echo "== 5/6 documentation site"; $(BIN)/python tools/site.py
-	@echo "== 6/6 pytest"; $(ONE) $(BIN)/python -m pytest -q tests
+	@echo "== 6/6 pytest, two files at a time"; $(ONE) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 soak: $(VENV)/.dev ## the fault tests at their full counts (an hour or more); writes nbs/results/soak.json
 	@$(ONE) $(BIN)/python tools/soak.py $(ARGS)

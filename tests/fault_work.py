@@ -191,8 +191,12 @@ def kills(folder):
         n, finished, run, resumed = soak.count(30, 200), 0, folder/'run-0', set()
         while tally.count < n or tally.more.get('runs', 0) == 0:
             where = run/'pretrain'/'checkpoints'
-            pid, until = child(stage, 'pretrain', run, *words, said='said.txt'), time.monotonic() + rng.uniform(.1, 1.5)
-            while time.monotonic() < until and not (dead := os.waitpid(pid, os.WNOHANG)[0]): time.sleep(.002)
+            goal, late = max(steps_saved(where), default=0) + rng.randint(0, 8), rng.uniform(0, .08)
+            pid, patience = child(stage, 'pretrain', run, *words, said='said.txt'), time.monotonic() + 60
+            while not (dead := os.waitpid(pid, os.WNOHANG)[0]) and max(steps_saved(where), default=0) < goal:
+                assert time.monotonic() < patience, f'no step {goal} within a minute: {Path("said.txt").read_text()[-300:]}'
+                time.sleep(.002)
+            if not dead: time.sleep(late)  # somewhere in the steps and saves after it
             had = max(steps_saved(where), default=0)     # a step in the listing is a finished save
             if not dead and tally.count < n:
                 os.kill(pid, signal.SIGKILL), ended(pid)
@@ -207,6 +211,7 @@ def kills(folder):
             tally.more = dict(runs=finished, different_steps=len(resumed))
             run = folder/f'run-{finished}'
         assert not list(folder.glob('run-*/pretrain/checkpoints/*.bad')), 'nothing had to be set aside'
+        assert len(resumed) >= min(10, n//4), f'all kills came at the same few steps: {sorted(resumed)}'
 
 
 def job(folder):

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 import soak
 import lm_nb.checkpoint as C
 from lm_nb.checkpoint import (Saver, checkpoints, damage, differing, load_model, newest, open_run, read_checkpoint, replacing,
-                              run_lock, run_state, save_model, seal, snapshot, stored, unique_state, write_checkpoint)
+                              run_lock, run_state, save_model, seal, snapshot, unique_state)
 from lm_nb.core import UserError, atomic, read_json, write_json
 from lm_nb.model import GPT, GPTConfig
 from lm_nb.optim import OptimConfig, make_optimizers
@@ -588,7 +588,7 @@ def broken_model(how, folder, tok):
 @pytest.mark.parametrize('how, word', [
     ('config', 'config.json'), ('tokenizer', 'has no tokenizer.model'), ('pickle', 'pickled weights are not read'), ('cut', 'bytes instead of'),
     ('bit', 'sha256'), ('json', 'not valid JSON'), ('array', 'config.json'), ('tensors', 'model'), ('architecture', 'llama'), ('weights', 'weights'),
-    ('deep', 'nested'), ('big', 'larger'), ('ids', 'config.json'), ('layers', 'layers'), ('types', 'config.json'), ('loop', 'has no model'), ('device', 'has no model'),
+    ('deep', 'not valid JSON'), ('big', 'larger'), ('ids', 'config.json'), ('layers', 'layers'), ('types', 'config.json'), ('loop', 'has no model'), ('device', 'has no model'),
     ('fifo', 'has no config'), ('header', 'not a safetensors'), ('shape', 'not a safetensors'), ('integers', 'floating-point'), ('empty', 'has not'), ('metadata', 'manifest'),
     ('vocabulary', 'do not belong together'), ('foreign tokenizer', 'tokenizer')])
 def test_bad_model_folders_get_one_line(tmp_path, tok, how, word):

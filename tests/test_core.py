@@ -1,5 +1,5 @@
 """Recipes as people write them, files that appear whole or not at all"""
-import json, os, signal, subprocess, sys
+import json, signal, subprocess, sys
 from dataclasses import dataclass, field
 
 import pytest

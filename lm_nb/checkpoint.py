@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from .core import UserError, atomic, check, read_json, sha256, write_json
-from .model import GPT, GPTConfig, from_transformers, to_transformers
+from .model import GPT, from_transformers, to_transformers
 from .ranks import Ranks, time_out
 from .tokenizer import Tokenizer
 
@@ -405,11 +405,12 @@ def _take(folder):
         fd = os.open(folder/'.lock', os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as e: raise UserError(f'{folder}: cannot be worked in ({e.strerror}); choose another run_dir=') from None
     try: _lock(fd)
-    except BlockingIOError if os.name != 'nt' else OSError:
-        holder = os.read(fd, 200).decode(errors='replace').strip() or 'another process'
-        os.close(fd)
-        raise UserError(f'{folder}: {holder} is at work here; wait until it ends, or choose another run_dir=') from None
-    except OSError: pass  # a file system without locks
+    except OSError as e:
+        if isinstance(e, BlockingIOError) or os.name == 'nt':
+            holder = os.read(fd, 200).decode(errors='replace').strip() or 'another process'
+            os.close(fd)
+            raise UserError(f'{folder}: {holder} is at work here; wait until it ends, or choose another run_dir=') from None
+        # else a file system without locks
     os.ftruncate(fd, 0), os.lseek(fd, 0, os.SEEK_SET)
     os.write(fd, f'process {os.getpid()} on {platform.node()}\n'.encode())
     return fd

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import UserError, atomic, check, sha256
-from .shards import Shards, feistel, map_file, mix, permute, read_index
+from .shards import Shards, map_file, mix, read_index
 
 # %% ../nbs/16b_beyond.ipynb #456d7fd6
 def fetch(
@@ -25,7 +25,8 @@ def fetch(
     try:
         with atomic(path) as tmp:
             with fsspec.open(url, 'rb') as far, open(tmp, 'wb') as near: shutil.copyfileobj(far, near, 2**22)
-            check(want is None or (tmp.stat().st_size, sha256(tmp)) == (want['bytes'], want['sha256']), f'{url}: is not the file that the index names; it was cut or changed')
+            check(want is None or (tmp.stat().st_size, sha256(tmp)) == (want['bytes'], want['sha256']),
+                  f'{url}: is not the file that the index names; it was cut or changed')
     except (OSError, ValueError, ImportError) as e: raise UserError(f'{url}: cannot be read ({type(e).__name__}: {" ".join(str(e).split())[:120]})') from None
 
 # %% ../nbs/16b_beyond.ipynb #4f560619

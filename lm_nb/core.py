@@ -10,7 +10,6 @@ __all__ = ['UserError', 'check', 'nearest', 'root', 'read_settings', 'parse', 'p
 # %% ../nbs/00_core.ipynb #25555f7c
 import configparser, dataclasses, difflib, functools, hashlib, json, os, platform, random, shutil, statistics, sys, time, types, typing
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #b971d7c1

@@ -15,7 +15,6 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from .core import check
 from .generate import complete, evaluating

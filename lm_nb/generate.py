@@ -310,7 +310,8 @@ class Cached:
         at, c, B = self.length.clamp(max=self.size-1), self.model.cfg, len(new)
         bias = None
         if self.static or not self.even:
-            bias = torch.zeros(B, 1, 1, self.width, device=new.device, dtype=self.dtype).masked_fill_((self.columns[:self.width] > at[:, None])[:, None, None], -math.inf)
+            bias = torch.zeros(B, 1, 1, self.width, device=new.device, dtype=self.dtype).masked_fill_(
+                (self.columns[:self.width] > at[:, None])[:, None, None], -math.inf)
         h, turns = F.embedding(new, self.model.embed.weight), [None]*c.n_layer if self.turns is None else self.turns.at(at)
         if self.turns is None: h = h + F.embedding(at, self.model.pos_embed.weight)
         at = at[:, None, None, None].expand(B, c.kv_heads, 1, c.head_size)
@@ -469,7 +470,7 @@ class Recorded:
     def _recording(self):
         try: return self.record(self.step)
         except RuntimeError as e: # nothing has run yet: go on as before
-            warnings.warn(f'a step of generation could not be recorded and runs in the ordinary way: {str(e).splitlines()[0]}')
+            warnings.warn(f'a step of generation could not be recorded and runs in the ordinary way: {str(e).splitlines()[0]}', stacklevel=2)
             return self.step
 
 # %% ../nbs/10_generate.ipynb #bc99005f
@@ -548,7 +549,8 @@ def generate(
     _check_room(T if doc is None else int((doc >= 0).sum(1).max()), model, max_new)
     check(doc is None or bool((doc[:, -1] >= 0).all()), 'doc ends with padding (-1); rows to be continued are padded on the left')
     u = _uniform(how, max_new, B)
-    for rows, _ in _continue(model, ids, max_new, doc, how, _stops(eos), None if u is None else u.to(ids.device), cache=cache): pass
+    for _step in _continue(model, ids, max_new, doc, how, _stops(eos), None if u is None else u.to(ids.device), cache=cache): pass
+    rows = _step[0]
     return torch.cat([ids, rows.out.T.where(rows.out.T >= 0, pad)], 1)
 
 # %% ../nbs/10_generate.ipynb #f979b153
@@ -616,7 +618,8 @@ def complete(
         mine = order[start:start+batch_size]
         ids, doc = pad_left([prompts[i] for i in mine], pad)
         doc = None if (doc == 0).all() else doc.to(device)  # all of one length: plain causal attention
-        for rows, _ in _continue(model, ids.to(device), max_new, doc, how, stops, None if u is None else u[:, mine].to(device)): pass
+        for _step in _continue(model, ids.to(device), max_new, doc, how, stops, None if u is None else u[:, mine].to(device)): pass
+        rows = _step[0]
         for i, row in zip(mine, rows.out.T.tolist()): out[i] = [t for t in row if t >= 0]
     return [ids[:-1] if ids and ids[-1] in stops else ids for ids in out]
 

@@ -201,7 +201,8 @@ def make_optimizers(
     cfg:OptimConfig, # the recipe's part
 ) -> list: # Muon (if asked for) and AdamW; each parameter group has a `name` and its `peak_lr`
     "The optimizers that a recipe asks for; each parameter is in one group of one of them. `UserError` if the recipe leaves a rate open"
-    check(None not in (cfg.lr, cfg.muon_lr, cfg.weight_decay), 'lr, muon_lr or weight_decay is still open; `worked_out` fills them in from the size of the model')
+    check(None not in (cfg.lr, cfg.muon_lr, cfg.weight_decay),
+          'lr, muon_lr or weight_decay is still open; `worked_out` fills them in from the size of the model')
     def group(name, params, lr): return dict(params=params, name=name, lr=lr, peak_lr=lr, weight_decay=0.0 if name == 'vectors' else cfg.weight_decay)
     groups = {name: group(name, params, cfg.lr) for name, params in roles(model).items() if params}
     out, exact = [], torch.float32 if getattr(cfg, 'dtype', None) == 'fp32' else None  # a recipe that asks for fp32 gets it here too

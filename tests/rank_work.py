@@ -64,7 +64,8 @@ def learn(job, ranks=Ranks()):
     try: train(gpt, watched, cfg, job['folder'], ranks=ranks, stop=lambda: seen[-1] + 1 >= until)
     except UserError as e:
         if 'and saved' not in str(e): raise
-    return dict(first=min(seen, default=None), weights=digest(unwrap(gpt, ranks).state_dict()), sharded=any(hasattr(p, 'full_tensor') for p in gpt.parameters()))
+    return dict(first=min(seen, default=None), weights=digest(unwrap(gpt, ranks).state_dict()),
+                sharded=any(hasattr(p, 'full_tensor') for p in gpt.parameters()))
 
 
 def peek(job, ranks=Ranks()):
@@ -88,12 +89,12 @@ def exchanges(job, ranks):
         gpt, cfg = model(job), settings(job)
         net = wrap(gpt, cfg.parallel, ranks, CPU, cfg.shards)
         parts = [b for step in range(micros) for b in batches(ranks)(step)]
-        for warm in True, False:  # the first step builds buckets
+        for _warm in True, False:  # the first step builds buckets
             before = []
             with torch.profiler.profile() as prof:
                 for i, b in enumerate(parts):
                     with sync_on_last(net, i == micros - 1): (net(b.x, targets=b.y) / 100).backward()
-                    before.append([None if p.grad is None else whole(p.grad).clone() for p in gpt.parameters()][0])
+                    before.append(next(None if p.grad is None else whole(p.grad).clone() for p in gpt.parameters()))
             net.zero_grad()
         names = 'reduce_scatter', 'allreduce', 'all_reduce'
         counts[micros] = sum(e.count for e in prof.key_averages() if e.key.startswith('gloo:') and any(n in e.key for n in names))

@@ -307,9 +307,12 @@ def offsets(**kw):
     return change
 
 def entry(**kw): return lambda h: h['model.embed.weight'].update(kw)
-LIES = dict(far=offsets(saved_offsets=[10**15, 0]), negative=offsets(saved_offsets=[-1, 0]), words=offsets(saved_offsets='ab'), short=offsets(saved_offsets=[0]),
-            none=offsets(), info=lambda h: h['__metadata__'].update(DCP_SHARDING_INFO='[' * 10**5), no_info=lambda h: h['__metadata__'].update(DCP_SHARDING_INFO='{}'),
-            shape=entry(shape=[2**62, 2**62]), dtype=entry(dtype='I32'), kind=entry(dtype='F99'), place=entry(data_offsets=[0, 2**63]), minus=entry(shape=[-19, -16]),
+LIES = dict(far=offsets(saved_offsets=[10**15, 0]), negative=offsets(saved_offsets=[-1, 0]), words=offsets(saved_offsets='ab'),
+            short=offsets(saved_offsets=[0]),
+            none=offsets(), info=lambda h: h['__metadata__'].update(DCP_SHARDING_INFO='[' * 10**5),
+            no_info=lambda h: h['__metadata__'].update(DCP_SHARDING_INFO='{}'),
+            shape=entry(shape=[2**62, 2**62]), dtype=entry(dtype='I32'), kind=entry(dtype='F99'), place=entry(data_offsets=[0, 2**63]),
+            minus=entry(shape=[-19, -16]),
             extra=lambda h: h.update(more=dict(dtype='F32', shape=[0, 2**40], data_offsets=[0, 0])),
             memory=lambda h: h.update({'optimizer.huge.embed.weight': dict(dtype='F32', shape=[0, 2**50], data_offsets=[0, 0])}))
 
@@ -368,7 +371,7 @@ def test_killed_at_random_moments_no_finished_save_is_lost(tmp_path):
     C._dcp()
     folder, rng, last, told_of, n = tmp_path/'c', random.Random(0), 0, 0, soak.count(30, 200)
     with soak.trials('kill -9 of a process that saves without end') as tally:
-        for kill in range(n):
+        for _ in range(n):
             told_of = max([told_of, *_saves_until_killed(folder, last + 1, rng.uniform(0.01, 0.25))])
             path = newest(folder)
             last = loads_right(path) if path else 0
@@ -460,7 +463,8 @@ def test_one_process_two_ranks_and_back(tmp_path):
     a, oa = alone(0)
     a(torch.ones(2, 5)).sum().backward(), oa[0].step()
     save(tmp_path, 1, a, oa, extra={'from': 'one'})
-    env, n = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(random.SystemRandom().randint(20000, 60000)), 'OMP_NUM_THREADS': '1'}, soak.count(2, 4)
+    env, n = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(random.SystemRandom().randint(20000, 60000)), 'OMP_NUM_THREADS': '1'},\
+        soak.count(2, 4)
     ranks = [subprocess.Popen([sys.executable, '-c', RANKS, str(tmp_path)], env={**env, 'RANK': str(r), 'WORLD_SIZE': str(n)}, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE) for r in range(n)]
     said = [p.communicate(timeout=120) for p in ranks]
@@ -522,7 +526,7 @@ def _in_child(work):
 
 def test_a_folder_that_may_not_be_written_to(tmp_path):
     (tmp_path/'file').write_text('x')
-    for bad in (tmp_path/'file', tmp_path/'file'/'below'): assert 'run_dir' in told(lambda: run_lock(bad).__enter__())
+    for bad in (tmp_path/'file', tmp_path/'file'/'below'): assert 'run_dir' in told(lambda bad=bad: run_lock(bad).__enter__())
 
 # -- models for others
 
@@ -570,7 +574,8 @@ def broken_model(how, folder, tok):
     if how == 'ids': write_json(folder/'config.json', {**read_json(folder/'config.json'), 'vocab_size': 10**15}), seal(folder)
     if how == 'layers': write_json(folder/'config.json', {**read_json(folder/'config.json'), 'num_hidden_layers': 10**9}), seal(folder)
     if how == 'types': write_json(folder/'config.json', {**read_json(folder/'config.json'), 'hidden_size': [[]], 'rope_parameters': 'x'}), seal(folder)
-    if how == 'loop': (folder/'model.safetensors').unlink(), (folder/'model.safetensors').symlink_to(folder/'model.safetensors'), (folder/'manifest.json').unlink()
+    if how == 'loop': (folder/'model.safetensors').unlink(), (folder/'model.safetensors').symlink_to(folder/'model.safetensors'),\
+        (folder/'manifest.json').unlink()
     if how == 'device': (folder/'model.safetensors').unlink(), (folder/'model.safetensors').symlink_to('/dev/zero'), (folder/'manifest.json').unlink()
     if how == 'fifo': (folder/'config.json').unlink(), os.mkfifo(folder/'config.json'), (folder/'manifest.json').unlink()
     if how == 'header': (folder/'model.safetensors').write_bytes((2**60).to_bytes(8, 'little') + b'{}'), seal(folder)
@@ -588,8 +593,10 @@ def broken_model(how, folder, tok):
 @pytest.mark.parametrize('how, word', [
     ('config', 'config.json'), ('tokenizer', 'has no tokenizer.model'), ('pickle', 'pickled weights are not read'), ('cut', 'bytes instead of'),
     ('bit', 'sha256'), ('json', 'not valid JSON'), ('array', 'config.json'), ('tensors', 'model'), ('architecture', 'llama'), ('weights', 'weights'),
-    ('deep', 'not valid JSON'), ('big', 'larger'), ('ids', 'config.json'), ('layers', 'layers'), ('types', 'config.json'), ('loop', 'has no model'), ('device', 'has no model'),
-    ('fifo', 'has no config'), ('header', 'not a safetensors'), ('shape', 'not a safetensors'), ('integers', 'floating-point'), ('empty', 'has not'), ('metadata', 'manifest'),
+    ('deep', 'not valid JSON'), ('big', 'larger'), ('ids', 'config.json'), ('layers', 'layers'), ('types', 'config.json'),
+    ('loop', 'has no model'), ('device', 'has no model'),
+    ('fifo', 'has no config'), ('header', 'not a safetensors'), ('shape', 'not a safetensors'), ('integers', 'floating-point'), ('empty', 'has not'),
+    ('metadata', 'manifest'),
     ('vocabulary', 'do not belong together'), ('foreign tokenizer', 'tokenizer')])
 def test_bad_model_folders_get_one_line(tmp_path, tok, how, word):
     folder = save_model(tmp_path/'m', fresh(vocab_size=len(tok))[0], tok)

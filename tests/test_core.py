@@ -297,7 +297,8 @@ def test_the_package_and_its_help_load_nothing_heavy():
     heavy = '{"torch", "numpy", "sentencepiece", "datasets", "safetensors", "einops"}'
     code = f'import sys, lm_nb, lm_nb.core; print(*{heavy} & set(sys.modules), len(sys.modules) < 150)'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == 'True'
-    code = f'import sys, atexit; sys.argv = ["lm-nb", "--help"]; atexit.register(lambda: print(*{heavy} & set(sys.modules), len(sys.modules) < 200)); import lm_nb.cli; lm_nb.cli.main()'
+    code = f'import sys, atexit; sys.argv = ["lm-nb", "--help"]; atexit.register(lambda: print(*{heavy} & set(sys.modules), len(sys.modules) < 200)); '\
+        'import lm_nb.cli; lm_nb.cli.main()'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.splitlines()[-1] == 'True'
 
 

@@ -228,7 +228,7 @@ def steps(model, ids, how, doc=None, record=None, static=True, n=18):
         rows = G.Rows(model, ids, doc, n, how, (7,), u, static=static)
         rows.start()
         step = G.Recorded(rows.step, rows.shape, record) if record else rows.step
-        for i in range(n - 1): step(), rows.reader.tick()
+        for _ in range(n - 1): step(), rows.reader.tick()
     return rows.out.T
 
 @pytest.mark.parametrize('how', SAMPLING)
@@ -236,7 +236,8 @@ def test_static_shapes_change_nothing(model, how):
     ids, doc = pad_left(prompts(9))
     how = G.SampleConfig(**how)
     assert torch.equal(steps(model, ids, how, doc), steps(model, ids, how, doc, static=False))
-    assert torch.equal(steps(model, ids, how, doc), torch.where((out := generate(model, ids, 18, doc=doc, eos=7, pad=-1, **how.__dict__)[:, ids.shape[1]:]) >= 0, out, -1))
+    out = generate(model, ids, 18, doc=doc, eos=7, pad=-1, **how.__dict__)[:, ids.shape[1]:]
+    assert torch.equal(steps(model, ids, how, doc), torch.where(out >= 0, out, -1))
 
 @pytest.mark.parametrize('arch', SHAPES)
 def test_the_step_asks_the_host_nothing(arch):

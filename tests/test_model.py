@@ -324,7 +324,7 @@ def test_fast_equals_plain_at_given_positions():
 
 def test_plainly_ends_where_it_says():
     gpt, ids = disturbed(SMALL), tokens(1, 8)
-    with pytest.raises(ZeroDivisionError), plainly(): 1 / 0
+    with pytest.raises(ZeroDivisionError), plainly(): raise ZeroDivisionError
     assert 'ChunkedNLL' in type(gpt(ids, targets=ids).grad_fn).__name__
     with plainly():
         with plainly(): pass

@@ -136,12 +136,12 @@ def test_a_killed_rank_costs_seconds_and_nothing_else(pair, tmp_path, parallel):
         waits = []
         for k in range(KILLS):
             at = (k + 1)*LONG['steps']//(KILLS + 1) + chance.randrange(-3, 4)
-            run.until(lambda: run.runs(k) and run.step() >= at)
+            run.until(lambda k=k, at=at: run.runs(k) and run.step() >= at)
             os.kill(run.pid(chance.randrange(2), k), signal.SIGKILL)
             t0 = time.time()
-            run.until(lambda: run.runs(k + 1))
+            run.until(lambda k=k: run.runs(k + 1))
             begun = time.time()
-            run.until(lambda: (run.folder/'log.jsonl').stat().st_mtime > begun)
+            run.until(lambda begun=begun: (run.folder/'log.jsonl').stat().st_mtime > begun)
             waits.append(time.time() - t0)
         run.ended()
         tally.more['slowest_restart_s'] = round(max(waits), 1)

@@ -8,7 +8,7 @@ __all__ = ['CONTROL', 'HAN', 'SUSPECT', 'LOST', 'BOILERPLATE', 'MENU', 'JUDGED',
            'drop_boilerplate', 'unspaced', 'units', 'grams', 'repetition', 'drop_repetitive', 'letter_share',
            'drop_symbols', 'drop_short', 'Scrubbed', 'scrub', 'difference', 'Samples', 'plot_rules', 'dedup',
            'shingles', 'jaccard', 'signature', 'bands_for', 'least_equal', 'found_share', 'Buckets', 'NearIndex',
-           'dedup_near', 'plot_found', 'clean_documents', 'read_documents', 'share_of', 'held_out', 'Holdout', 'split',
+           'dedup_near', 'clean_documents', 'read_documents', 'share_of', 'held_out', 'Holdout', 'split',
            'Contamination', 'contamination', 'documents_block', 'signature_block']
 
 # %% ../nbs/02b_cleaning.ipynb #5f086fa3
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from hashlib import blake2b
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
@@ -26,7 +27,7 @@ from zlib import crc32
 import numpy as np
 
 from .core import check, nearest, write_json
-from .corpus import Report, find_files, html_table, map_ordered, read_texts
+from .corpus import Report, find_files, html_table, map_ordered, read_texts, text_batches
 
 # %% ../nbs/02b_cleaning.ipynb #b0d009a7
 @dataclass(frozen=True)
@@ -164,15 +165,18 @@ def unspaced(
 # %% ../nbs/02b_cleaning.ipynb #23b70129
 def _folded(text): return ''.join(text[at:at + JUDGED].casefold() for at in range(0, len(text), JUDGED))  # in pieces: it needs 12 bytes a character
 
-# %% ../nbs/02b_cleaning.ipynb #d380bcdc
+# %% ../nbs/02b_cleaning.ipynb #2e08e291
+def _codes(letters): return np.frombuffer(letters.encode('utf-32-le', 'surrogatepass'), np.uint32)
+
+# %% ../nbs/02b_cleaning.ipynb #6f6b8417
 @lru_cache(maxsize=1)  # a document is asked for its repetition, then for its signature
 def _units(text):
     text = _folded(text)
     letters = re.sub(r'[\W_]+', '', text)
-    wide = unspaced(letters)
-    codes = np.frombuffer(letters.encode('utf-32-le', 'surrogatepass'), np.uint32) if wide else np.fromiter(
-        map(crc32, re.sub(r'[\W_]+', ' ', text).encode('utf-8', 'surrogatepass').split()), np.uint32)
-    codes.flags.writeable = False
+    if wide := unspaced(letters): return _codes(letters), wide
+    words = re.sub(r'[\W_]+', ' ', text).encode('utf-8', 'surrogatepass').split()
+    codes = np.fromiter(map(crc32, words), np.uint32)
+    codes.flags.writeable = False  # the next caller gets the same array
     return codes, wide
 
 # %% ../nbs/02b_cleaning.ipynb #37116346
@@ -299,8 +303,9 @@ def difference(
     limit = min(len(before), len(after))
     head = next((i for i in range(limit) if before[i] != after[i]), limit)
     tail = next((i for i in range(limit - head) if before[-1 - i] != after[-1 - i]), limit - head)
-    cut = lambda s: s if len(s) <= 3*width else f'{s[:2*width]} … {s[-width:]}'
-    return before[max(0, head - width):head], cut(before[head:len(before) - tail]), cut(after[head:len(after) - tail]), before[len(before) - tail:][:width]
+    def cut(s): return s if len(s) <= 3*width else f'{s[:2*width]} … {s[-width:]}'
+    removed, instead = before[head:len(before) - tail], after[head:len(after) - tail]
+    return before[max(0, head - width):head], cut(removed), cut(instead), before[len(before) - tail:][:width]
 
 # %% ../nbs/02b_cleaning.ipynb #d4b01830
 PICTURES = {**{i: 0x2400 + i for i in range(32)}, 9: 0x21e5, 10: 0x23ce, 127: 0x2421}  # control characters as something to see
@@ -323,21 +328,26 @@ class Samples:
             self.removed[name] += before - after
             if len(self.examples.setdefault(name, [])) < self.keep: self.examples[name].append(difference(*_around(raw, name, cfg)))
 
+    def rules(self): # of those that did something: name, (mended, left out, characters), examples
+        for name in RULES:
+            if name in self.examples: yield name, [f'{n[name]:,}' for n in (self.changed, self.rejected, self.removed)], self.examples[name]
+
     def __repr__(self):
         "One line a rule, for the command line"
-        told = lambda name: ' | '.join(f'{a}[-{old}-]' + ('{+' + new + '+}')*bool(new) + b for a, old, new, b in self.examples[name]).translate(PICTURES)
-        return '\n'.join(f'{name}: {self.changed[name]:,} mended, {self.rejected[name]:,} left out, {self.removed[name]:,} characters   e.g. {told(name)}'
-                         for name in RULES if name in self.examples)
+        def mark(a, old, new, b): return f'{a}[-{old}-]' + ('{+' + new + '+}' if new else '') + b
+        return '\n'.join(f'{name}: {mended} mended, {left_out} left out, {characters} characters   e.g. '
+                         + ' | '.join(mark(*e) for e in examples).translate(PICTURES)
+                         for name, (mended, left_out, characters), examples in self.rules())
 
     def _repr_html_(self):
-        show = lambda text: html.escape(text).translate(PICTURES)
-        ink = lambda tag, colour, text: f'<{tag} style="background:{colour}">{show(text)}</{tag}>'
-        mark = lambda a, old, new, b: show(a) + ink('del', '#fdd', old) + ink('ins', '#dfd', new) + show(b)
-        left = lambda text: f'<td style="text-align:left">{text}</td>'
-        counts = lambda name: ''.join(f'<td>{n[name]:,}</td>' for n in (self.changed, self.rejected, self.removed))
-        rows = (f'<tr>{left(name)}{counts(name)}{left("<br>".join(mark(*e) for e in self.examples[name]))}</tr>' for name in RULES if name in self.examples)
+        def show(text): return html.escape(text).translate(PICTURES)
+        def ink(tag, colour, text): return f'<{tag} style="background:{colour}">{show(text)}</{tag}>'
+        def mark(a, old, new, b): return show(a) + ink('del', '#fdd', old) + ink('ins', '#dfd', new) + show(b)
+        def left(text): return f'<td style="text-align:left">{text}</td>'
+        rows = ''.join('<tr>' + left(name) + ''.join(f'<td>{n}</td>' for n in counts) + left('<br>'.join(mark(*e) for e in examples)) + '</tr>'
+                       for name, counts, examples in self.rules())
         head = ''.join(f'<th>{h}</th>' for h in ('rule', 'mended', 'left out', 'characters', 'for example'))
-        return f'<table><tr>{head}</tr>{"".join(rows)}</table>'
+        return f'<table><tr>{head}</tr>{rows}</table>'
 
 # %% ../nbs/02b_cleaning.ipynb #2e0fbf58
 def _around(text, name, cfg):
@@ -369,14 +379,15 @@ def _digest(text, size=16, key=b''): return blake2b(text.encode('utf-8', 'surrog
 def dedup(
     docs, # an iterable of texts
     report:Report|None=None, # counts the duplicates
+    text=str, # what gives the text of one of `docs`, if they are more than texts
 ) -> Iterator[str]:
     "Yield each different text once, in order"
     seen = set()
     for doc in docs:
-        if (key := _digest(doc)) not in seen:
+        if (key := _digest(text(doc))) not in seen:
             seen.add(key)
             yield doc
-        elif report is not None: report.reject('duplicate', doc)
+        elif report is not None: report.reject('duplicate', text(doc))
 
 # %% ../nbs/02b_cleaning.ipynb #4e7a9433
 SHINGLE = 5 # units
@@ -429,8 +440,6 @@ def bands_for(
     need = lambda r: math.ceil(math.log(miss)/math.log1p(-threshold**r))
     r = max(r for r in range(1, 33) if need(r) <= 16 and need(r)*r <= PERMUTATIONS)
     return need(r), r
-
-
 
 # %% ../nbs/02b_cleaning.ipynb #8f2084cb
 def _at_least(k, j): return sum(math.comb(PERMUTATIONS, i) * j**i * (1 - j)**(PERMUTATIONS - i) for i in range(k, PERMUTATIONS + 1))
@@ -515,62 +524,37 @@ def dedup_near(
     docs, # an iterable of texts
     threshold:float=.8, # Jaccard similarity of shingles
     report:Report|None=None, # counts the copies
+    text=str, # what gives the text of one of `docs`, if they are more than texts
+    sig=signature, # what gives its signature
 ) -> Iterator[str]:
     "Yield documents that are no near-copy of an earlier one, in order"
-    return (text for text, _ in _without_near(((doc, signature(doc)) for doc in docs), threshold, report))
-
-# %% ../nbs/02b_cleaning.ipynb #d4e7c935
-def _without_near(pairs, threshold, report):
     index = NearIndex(threshold)
-    for doc, sig in pairs:
-        if index.find(sig) is None:
-            index.add(sig)
-            yield doc, sig
-        elif report is not None: report.reject('near-duplicate', doc)
-
-# %% ../nbs/02b_cleaning.ipynb #1f40bfcf
-def plot_found(
-    truth, # Jaccard similarity of each pair
-    found, # whether it was found
-    threshold:float=.8,
-    ax=None, # matplotlib axes
-):
-    "Share of pairs found against their true similarity: the formula, and measured in steps of 0.05"
-    import matplotlib.pyplot as plt
-    ax, grid = ax or plt.subplots(figsize=(6.4, 3))[1], np.linspace(0, 1, 201)
-    ax.plot(grid, [found_share(j, threshold) for j in grid], label='formula')
-    bins = np.minimum((truth*20).astype(int), 19)
-    full = [b for b in range(20) if (bins == b).sum() >= 5]
-    ax.plot([truth[bins == b].mean() for b in full], [found[bins == b].mean() for b in full], 'o', label='planted copies')
-    ax.axvline(threshold, color='grey', ls=':', label='threshold')
-    ax.set(xlabel='Jaccard similarity', ylabel='share found', ylim=(-.03, 1.03))
-    ax.legend(frameon=False)
-    return ax
+    for doc in docs:
+        if index.find(mine := sig(doc)) is None:
+            index.add(mine)
+            yield doc
+        elif report is not None: report.reject('near-duplicate', text(doc))
 
 # %% ../nbs/02b_cleaning.ipynb #2cf2b472
-def _batches(texts, size=2**20, most=1024): # characters, documents
-    batch, total = [], 0
-    for text in texts:
-        batch.append(text)
-        total += len(text)
-        if total >= size or len(batch) == most:
-            yield batch
-            batch, total = [], 0
-    if batch: yield batch
-
-# %% ../nbs/02b_cleaning.ipynb #b408318a
 def _prepare(batch, cfg):
+    "What costs most, done in another process: (Scrubbed, its signature if near-copies are looked for) of each text"
     out = [scrub(text, cfg) for text in batch]
     return [(done, signature(done.text) if cfg.dedup == 'near' and done.text else None) for done in out]
 
-# %% ../nbs/02b_cleaning.ipynb #16b6b971
-def _prepared(texts, cfg):
-    "(raw text, Scrubbed, signature) for each text, in order"
-    batches = _batches(texts) if cfg.clean_workers else ([text] for text in texts)
-    for batch, done in map_ordered(partial(_prepare, cfg=cfg), batches, cfg.clean_workers, n=1):
-        for text, result in zip(batch, done): yield text, *result
+# %% ../nbs/02b_cleaning.ipynb #b408318a
+def _scrubbed(texts, cfg, report, samples):
+    "(text, signature) of each document that the rules leave, in order"
+    batches = text_batches(texts, most=1024) if cfg.clean_workers else ([text] for text in texts)
+    for batch, prepared in map_ordered(partial(_prepare, cfg=cfg), batches, cfg.clean_workers, n=1):
+        for raw, (done, sig) in zip(batch, prepared):
+            if samples is not None: samples.add(raw, done, cfg)
+            if done.reason:
+                report.reject(done.reason, raw)
+                continue
+            for name, _, _ in done.steps: report.note(f'changed: {name}')
+            yield done.text, sig
 
-# %% ../nbs/02b_cleaning.ipynb #a959a777
+# %% ../nbs/02b_cleaning.ipynb #16b6b971
 def clean_documents(
     texts, # raw texts, as `read_texts` gives them
     cfg:CleanConfig=CleanConfig(),
@@ -578,29 +562,11 @@ def clean_documents(
     samples:Samples|None=None, # gets the counts and examples of each rule
 ) -> Iterator[str]:
     "Stream what the rules leave, without copies, in order; the same for any number of workers"
-    report = Report() if report is None else report
-    kept = _scrubbed(_prepared(texts, cfg), cfg, report, samples)
-    if cfg.dedup != 'none': kept = _different(kept, report)
-    if cfg.dedup == 'near': kept = _without_near(kept, cfg.near_threshold, report)
+    report, text, sig = Report() if report is None else report, itemgetter(0), itemgetter(1)
+    kept = _scrubbed(texts, cfg, report, samples)
+    if cfg.dedup != 'none': kept = dedup(kept, report, text)
+    if cfg.dedup == 'near': kept = dedup_near(kept, cfg.near_threshold, report, text, sig)
     return (text for text, _ in kept)
-
-# %% ../nbs/02b_cleaning.ipynb #99e4f86e
-def _scrubbed(prepared, cfg, report, samples):
-    for raw, done, sig in prepared:
-        if samples is not None: samples.add(raw, done, cfg)
-        if done.reason: report.reject(done.reason, raw)
-        else:
-            for name, _, _ in done.steps: report.note(f'changed: {name}')
-            yield done.text, sig
-
-# %% ../nbs/02b_cleaning.ipynb #75a7191b
-def _different(pairs, report):
-    seen = set()
-    for text, sig in pairs:
-        if (key := _digest(text)) in seen: report.reject('duplicate', text)
-        else:
-            seen.add(key)
-            yield text, sig
 
 # %% ../nbs/02b_cleaning.ipynb #64227d12
 def read_documents(
@@ -730,9 +696,6 @@ def _there(doc, question, width=60):
     at = next((i for k in range(len(wanted)) if (i := letters.find(wanted[k:k + 6])) >= 0), 0)
     start = next((m.start() for n, m in enumerate(re.finditer(r'[^\W_]', text)) if n == at), 0)
     return ' '.join(doc[start:start + width].split())
-
-# %% ../nbs/02b_cleaning.ipynb #2e08e291
-def _codes(letters): return np.frombuffer(letters.encode('utf-32-le', 'surrogatepass'), np.uint32)
 
 # %% ../nbs/02b_cleaning.ipynb #1dfdb543
 def _matches(codes, tables):

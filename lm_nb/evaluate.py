@@ -76,10 +76,10 @@ def heldout(
         for x, y, doc in dealt(batches, ranks):
             total += model(x.to(device), doc=None if doc is None else doc.to(device), targets=y.to(device)).item()
             n += int((y != IGNORE).sum())
-    total, n = (all_sum(torch.tensor(v, dtype=torch.float64, device=device), ranks).item() for v in (total, n)) if ranks.world > 1 else (total, n)
+    if ranks.world > 1: total, n = all_sum(torch.tensor([total, n], dtype=torch.float64, device=device), ranks).tolist()
     check(n > 0, 'there is nothing to measure: the held-out batches have no target')
-    loss = total / n
-    return dict(loss=loss, perplexity=math.exp(min(loss, 700)), bits_per_byte=total / math.log(2) / text_bytes if text_bytes else None, targets=n)
+    loss, bits = total / n, total / math.log(2)
+    return dict(loss=loss, perplexity=math.exp(min(loss, 700)), bits_per_byte=bits / text_bytes if text_bytes else None, targets=int(n))
 
 # %% ../nbs/11_evaluate.ipynb #d782a66f
 def interval(
@@ -111,10 +111,13 @@ def tally(
     by:Callable=lambda e: e.task or 'all', # example -> the group it counts in
 ) -> dict: # {group: n, exact, share, low, high}
     "Exact answers per group"
-    groups = defaultdict(list)
+    groups, out = defaultdict(list), {}
     for e, a in zip(examples, answers, strict=True): groups[by(e)].append(a.exact)
-    return {g: dict(n=len(hits), exact=sum(hits), share=sum(hits)/len(hits), **dict(zip(('low', 'high'), interval(sum(hits), len(hits)))))
-            for g, hits in sorted(groups.items())}
+    for group, hits in sorted(groups.items()):
+        n, exact = len(hits), sum(hits)
+        low, high = interval(exact, n)
+        out[group] = dict(n=n, exact=exact, share=exact/n, low=low, high=high)
+    return out
 
 # %% ../nbs/11_evaluate.ipynb #67a977fb
 def plain_prompt(
@@ -157,17 +160,17 @@ def exact_match(
     batch_size:int=128, # questions at a time
 ) -> tuple: # {task: n, exact, share, low, high} and a list of `Answer`
     "Ask every example by greedy generation and count the answers that match exactly. A question longer than the context counts as wrong"
-    context = model.cfg.context
+    context, lengths = model.cfg.context, [len(ids) for ids in tok.encode_batch([e.answer for e in examples])]
     need = defaultdict(int)  # tokens that an answer of the task may take
-    for e, ids in zip(examples, tok.encode_batch([e.answer for e in examples])): need[e.task] = max(need[e.task], max_new or len(ids) + 8)
+    for e, n in zip(examples, lengths): need[e.task] = max(need[e.task], max_new or n + 8)
     if chat: prompts = [prompt_ids(tok, e.prompt, e.system, e.turns) + [tok.bos] for e in examples]
     else: prompts = [plain_ids(tok, e, shots_for(e, shots or []), context - need[e.task]) for e in examples]
     line = tok.encode('\n')
     stops = [tok.eos] if chat or len(line) > 1 else [tok.eos, *line]
     fits = [i for i, p in enumerate(prompts) if len(p) <= context]
+    said = complete(model, [prompts[i] for i in fits], max(need.values(), default=1), stops, tok.pad, batch_size)
     got = [''] * len(examples)
-    for i, ids in zip(fits, complete(model, [prompts[i] for i in fits], max(need.values(), default=1), stops, tok.pad, batch_size)):
-        got[i] = tok.decode(ids) if chat else tok.decode(ids).split('\n')[0]
+    for i, ids in zip(fits, said): got[i] = tok.decode(ids) if chat else tok.decode(ids).split('\n')[0]
     answers = [Answer(e.prompt, e.answer, g) for e, g in zip(examples, got)]
     return tally(examples, answers), answers
 
@@ -198,10 +201,14 @@ def cloze(
     batch_size:int=128, # prompts at a time
 ) -> tuple: # {lang: n, exact, share, low, high} and a list of `Answer`
     "Let a base model finish sentences: does the text go on with the right words?"
-    prompts, longest = [tok.encode(r['prompt']) for r in records], max((len(tok.encode(r['answer'])) for r in records), default=1)
-    texts = [tok.decode(ids).strip() for ids in complete(model, prompts, longest + 2, tok.eos, tok.pad, batch_size)]
-    answers = [Answer(r['prompt'], r['answer'], t[:len(r['answer'])] if t.startswith(r['answer']) else t) for r, t in zip(records, texts)]
-    return tally([Example(r['prompt'], r['answer'], task=r.get('lang', '')) for r in records], answers), answers
+    prompts = [tok.encode(r['prompt']) for r in records]
+    longest = max((len(tok.encode(r['answer'])) for r in records), default=1)
+    examples, answers = [], []
+    for r, ids in zip(records, complete(model, prompts, longest + 2, tok.eos, tok.pad, batch_size)):
+        text, right = tok.decode(ids).strip(), r['answer']
+        examples.append(Example(r['prompt'], right, task=r.get('lang', '')))
+        answers.append(Answer(r['prompt'], right, right if text.startswith(right) else text))
+    return tally(examples, answers), answers
 
 # %% ../nbs/11_evaluate.ipynb #1813aa57
 @torch.inference_mode()

@@ -91,11 +91,17 @@ def exchanges(
     spoken = [(role, '\n'.join(text for _, text in turns)) for role, turns in groupby(said, key=lambda turn: turn[0])]
     system = spoken.pop(0)[1] if spoken and spoken[0][0] == 'system' else ''
     check(all(role != 'system' for role, _ in spoken), 'a system text in the middle of a conversation')
-    early, late = bool(spoken) and spoken[0][0] == 'assistant', bool(spoken) and spoken[-1][0] == 'user'
-    texts = [text for _, text in spoken][early : len(spoken) - late]
-    check(texts, 'no question with an answer')
-    for cut, what in ((early, 'first turn left off: an answer without its question'), (late, 'last turn left off: a question without its answer')):
-        if cut and report is not None: report.note(what)
+    left_off = []
+    if spoken and spoken[0][0] == 'assistant':
+        spoken = spoken[1:]
+        left_off.append('first turn left off: an answer without its question')
+    if spoken and spoken[-1][0] == 'user':
+        spoken = spoken[:-1]
+        left_off.append('last turn left off: a question without its answer')
+    check(spoken, 'no question with an answer')
+    if report is not None:
+        for what in left_off: report.note(what)
+    texts = [text for _, text in spoken]
     return system, list(zip(texts[::2], texts[1::2]))
 
 # %% ../nbs/05_instructions.ipynb #1885d4ae
@@ -217,7 +223,7 @@ def with_roles(
     if len(system): parts[0] = [tok.system, *system, *parts[0]]
     return parts
 
-# %% ../nbs/05_instructions.ipynb #12463e53
+# %% ../nbs/05_instructions.ipynb #a1efb062
 def lay_out(
     parts, # token ids of question, answer, question ... with their role symbols
     bos:int, # opens an answer
@@ -225,10 +231,12 @@ def lay_out(
 ) -> tuple[np.ndarray, np.ndarray]: # the row's ids (N), int64, and whether each is to be learned (N)
     "The parts one behind the other; answers, from `bos` to `eos`, are to be learned"
     sizes, answer = np.fromiter(map(len, parts), np.int64), np.arange(len(parts)) % 2 == 1
-    ends = np.cumsum(sizes + 2*answer)
-    ids, learned = np.empty(ends[-1], np.int64), np.repeat(answer, sizes + 2*answer)
-    ids[ends[answer] - 1], ids[ends[answer] - 2 - sizes[answer]] = eos, bos
-    ids[np.repeat(ends - answer - np.cumsum(sizes), sizes) + np.arange(sizes.sum())] = np.concatenate(parts)
+    room = sizes + 2*answer  # an answer takes two more, for `bos` and `eos`
+    ends = np.cumsum(room)
+    ids, learned = np.empty(ends[-1], np.int64), np.repeat(answer, room)
+    ids[(ends - room)[answer]], ids[ends[answer] - 1] = bos, eos
+    shift = ends - answer - np.cumsum(sizes)  # how far `bos` and `eos` push the ids of each part
+    ids[np.repeat(shift, sizes) + np.arange(sizes.sum())] = np.concatenate(parts)
     return ids, learned
 
 # %% ../nbs/05_instructions.ipynb #a67eade0

@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['Pair', 'pairs', 'Fact', 'patterns', 'read_fact', 'Kind', 'read_kind', 'read_list', 'load_lore', 'evenly',
            'draw_names', 'full_name', 'deal', 'Entity', 'World', 'populate', 'make_world', 'a_or_an', 'say', 'Line',
-           'plan', 'render', 'tell', 'plot_order', 'tell_both', 'articles', 'record', 'wordings', 'fact_line',
-           'questions', 'translations', 'summary', 'summaries', 'all_records', 'instructions', 'cloze', 'write_lines',
-           'write_microworld']
+           'plan', 'render', 'tell', 'tell_both', 'articles', 'record', 'wordings', 'fact_line', 'questions',
+           'translations', 'summary', 'summaries', 'all_records', 'instructions', 'cloze', 'write_microworld']
 
 # %% ../nbs/01_microworld.ipynb #eb45bfd0
-import json, random, tomllib
+import random, tomllib
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from string import Formatter
 from typing import NamedTuple
-from .core import UserError, atomic, check, nearest, root
+from .core import UserError, check, nearest, root, write_lines
 
 # %% ../nbs/01_microworld.ipynb #496eb8d1
 class Pair(NamedTuple):
@@ -295,23 +294,6 @@ def tell(
     "An article in one language"
     return render(entity, plan(entity, rng, **how), lang)
 
-# %% ../nbs/01_microworld.ipynb #5d4f488a
-def plot_order(
-    entity:Entity,    # whose article
-    tellings:int=400, # how many plans to draw of each sort
-):
-    "Where in the article each fact stands: in fixed order, and permuted"
-    import matplotlib.pyplot as plt
-    rng, keys = random.Random(0), list(entity.kind.facts)
-    fig, axes = plt.subplots(1, 2, figsize=(5.4, 2.4), sharey=True, layout='constrained')
-    for ax, fixed in zip(axes, (True, False)):
-        share = [[0]*len(keys) for _ in keys]
-        for _ in range(tellings):
-            for n, line in enumerate(plan(entity, rng, fixed_order=fixed)): share[keys.index(line.key)][n] += 1/tellings
-        ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
-        ax.set(title='fixed order' if fixed else 'permuted', xlabel='sentence', xticks=range(len(keys)), xticklabels=range(1, len(keys)+1),
-               yticks=range(len(keys)), yticklabels=keys)
-
 # %% ../nbs/01_microworld.ipynb #b3f13762
 def tell_both(
     entity:Entity,     # whom the article is about
@@ -461,15 +443,6 @@ def cloze(
             prompt = say(pattern[:pattern.index(slot)], lang, e).rstrip()
             out.append(dict(prompt=prompt, answer=a_or_an(value) if slot == '{a}' else value, lang=lang))
     return out
-
-# %% ../nbs/01_microworld.ipynb #941d1e78
-def write_lines(
-    path:Path, # where to
-    rows:list, # of dicts
-) -> Path:
-    "Write one JSON object a line, whole or not at all"
-    with atomic(path) as tmp: tmp.write_text(''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows), encoding='utf-8')
-    return Path(path)
 
 # %% ../nbs/01_microworld.ipynb #ee22d211
 def write_microworld(

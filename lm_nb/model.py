@@ -9,7 +9,7 @@ __all__ = ['KERNELS', 'GPTConfig', 'document_mask', 'document_positions', 'worki
            'init_weights', 'attention_weights', 'flops_per_token', 'to_transformers', 'from_transformers']
 
 # %% ../nbs/06_model.ipynb #b58ba385
-import re, statistics, time
+import re, statistics, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -209,10 +209,11 @@ def _kernel_seconds(name, q, k, v, bias):
     "One pass forward and back with this kernel and no other; None where it does not apply"
     done = torch.cuda.synchronize if q.is_cuda else lambda: None
     done(); t = time.perf_counter()
-    try:
-        with plainly(), sdpa_kernel(KERNELS[name]): y = attend(q, k, v, bias, causal=bias is None)
-        torch.autograd.grad(y.sum(), (q, k, v))
-    except RuntimeError: return None
+    with warnings.catch_warnings(action='ignore'): # PyTorch gives its reasons why a kernel does not apply
+        try:
+            with plainly(), sdpa_kernel(KERNELS[name]): y = attend(q, k, v, bias, causal=bias is None)
+            torch.autograd.grad(y.sum(), (q, k, v))
+        except RuntimeError: return None
     done()
     return time.perf_counter() - t
 
@@ -480,6 +481,8 @@ def _chunk_loss(
     total = z.sum(-1, keepdim=True)
     loss = torch.where(there, total.log() + top - own, 0.).sum()
     z = z.mul_(torch.where(there, 1 / total, 0.))
+    if torch.compiler.is_compiling(): # a comparison is fused with what comes before; a scatter has all of z written out first
+        return loss, z - (there & (at == torch.arange(z.shape[1], device=z.device))).to(z.dtype)
     return loss, z.scatter_add_(-1, at, -there.to(z.dtype))
 
 # %% ../nbs/06_model.ipynb #373d5937

@@ -13,7 +13,7 @@ from collections import Counter
 from hashlib import file_digest
 from pathlib import Path
 
-from .core import atomic, check, nearest, progress, root, write_json
+from .core import atomic, check, nearest, progress, root, write_json, write_lines
 from .cleaning import clean, share_of
 from .corpus import Report, poem_text
 
@@ -123,11 +123,6 @@ def instruction_sets(
     sets['test'] += read
     return sets
 
-# %% ../nbs/02c_poems.ipynb #13da10df
-def _write_lines(path, records):
-    "Write records as JSON Lines"
-    with open(path, 'w', encoding='utf-8') as f: f.writelines(json.dumps(r, ensure_ascii=False) + '\n' for r in records)
-
 # %% ../nbs/02c_poems.ipynb #4a877151
 def collect_poems(
     records, # pairs (dynasty, record)
@@ -160,10 +155,10 @@ def write_poems(
         tmp.mkdir()
         for dynasty in kept:
             mine = {part: [p for p in poems if p['dynasty'] == dynasty] for part, poems in parts.items()}
-            for part in ('train', 'valid', 'test'): _write_lines(tmp/f'{dynasty}-{part}.jsonl', mine[part])
+            for part in ('train', 'valid', 'test'): write_lines(tmp/f'{dynasty}-{part}.jsonl', mine[part])
             reports[dynasty].notes = {f'{part} part': len(poems) for part, poems in mine.items()}
             if dynasty == 'tang': asked = instruction_sets({p: mine[p] for p in ('train', 'valid', 'test')}, sizes, poems_each)
-        for part, questions in asked.items(): _write_lines(tmp/f'instructions-{part}.jsonl', questions)
+        for part, questions in asked.items(): write_lines(tmp/f'instructions-{part}.jsonl', questions)
         write_json(tmp/'report.json', {d: vars(r) for d, r in reports.items()})
     return reports
 

@@ -14,11 +14,11 @@ from statistics import median
 
 import torch
 
-from .core import check, hardware
+from .core import check
 from .estimate import hushed, step_bytes, step_flops
 from .train import matmul_peak
 from .workbook import Table
-from .plan import Trial, short_time, stages
+from .plan import Told, Trial, place, short_time, stages, waiter
 
 # %% ../nbs/15c_profile.ipynb #a07ed6a7
 def recorded(
@@ -65,8 +65,7 @@ def bandwidth(
 ) -> float: # bytes per second, read and written
     "The rate at which this device copies memory"
     a = torch.ones(mb*2**18, device=device)
-    b = torch.empty_like(a).copy_(a)
-    wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
+    b, wait = torch.empty_like(a).copy_(a), waiter(device)
     def once():
         wait(); start = time.perf_counter()
         b.copy_(a); wait()
@@ -74,8 +73,8 @@ def bandwidth(
     return 2*a.nbytes/min(once() for _ in range(times))
 
 # %% ../nbs/15c_profile.ipynb #90247b9a
-@dataclass
-class Profile:
+@dataclass(repr=False)
+class Profile(Told):
     "Where a training step's time goes"
     name: str      # of the recipe
     seconds: float # of a step, without the profiler
@@ -108,10 +107,6 @@ class Profile:
         out = [f'by kind: {shares}', f'a step takes {short_time(self.seconds)}; the floors: {floors}', f'on {self.where}']
         return out + [f'timeline: {self.trace} (TensorBoard, or ui.perfetto.dev)']*bool(self.trace)
 
-    def __str__(self): return '\n'.join([str(self.table), '', *self.lines])
-    __repr__ = __str__
-    def _repr_markdown_(self): return '\n\n'.join([self.table._repr_markdown_(), *self.lines])
-
 # %% ../nbs/15c_profile.ipynb #09a81632
 def profile_recipe(
     recipe, # a `Recipe`
@@ -132,9 +127,7 @@ def profile_recipe(
     flops = sum(step_flops(recipe.model, trial.tokens, **how).values())
     moved = step_bytes(recipe.model, trial.rows, dtype=trial.dtype, device=trial.device.type, micros=trial.micros, **how)
     floors = dict(arithmetic=flops/matmul_peak(trial.device, trial.dtype), bytes=moved/bandwidth(trial.device))
-    on = hardware(trial.device)
-    where = f"{on['name']}, {trial.dtype}" + (f", {on['threads']} threads" if trial.device.type == 'cpu' else '')
-    return Profile(recipe.name, seconds, ops, floors, where, str(path))
+    return Profile(recipe.name, seconds, ops, floors, place(trial.device, trial.dtype), str(path))
 
 # %% ../nbs/15c_profile.ipynb #2eccb34b
 def plot_kinds(

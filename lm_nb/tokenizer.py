@@ -193,24 +193,22 @@ class Codec:
         threads:int|None=None, # how many work on it; as many as there are cores if not given
     ) -> list: # one int32 array of ids per text
         "The ids of many texts as arrays"
-        cuts = [[piece.split('▁') for piece in cut_text(text)] for text in texts]
-        parts = [part for text in cuts for piece in text for part in piece]
-        try: ids = iter(self.model.encode(parts, num_threads=threads or min(len(parts), os.cpu_count()) or 1, return_type='numpy'))
+        cuts = [[part for piece in cut_text(text) for part in re.split('(▁)', piece)] for text in texts]
+        plain = [part for parts in cuts for part in parts if part != '▁']
+        try: ids = iter(self.model.encode(plain, num_threads=threads or min(len(plain), os.cpu_count()) or 1, return_type='numpy'))
         except (RuntimeError, TypeError):
-            for text in cuts: valid_text(''.join(map('▁'.join, text)))
+            for text in texts: valid_text(text)
             raise
-        return [self._join([[next(ids) for _ in piece] for piece in text]) for text in cuts]
-
-    def _join(self, pieces):
-        rows = [row for first, *rest in pieces for row in (first, *(r for other in rest for r in (self._bar, other)))]
-        return rows[0] if len(rows) == 1 else np.concatenate(rows)
+        rows = [[self._bar if part == '▁' else next(ids) for part in parts] for parts in cuts]
+        return [row[0] if len(row) == 1 else np.concatenate(row) for row in rows]
 
     def decode(self,
         ids, # a sequence of ids
     ) -> str: # control ids give nothing; bytes that are no character give U+FFFD
         "The text of some ids"
         ids = [int(i) for i in ids]
-        check(all(0 <= i < len(self) for i in ids), f'there are {len(self)} ids in this vocabulary, but the sequence holds {max(ids, default=0)}')
+        wrong = next((i for i in ids if not 0 <= i < len(self)), None)
+        check(wrong is None, f'there are {len(self)} ids in this vocabulary, but the sequence holds {wrong}')
         return self.model.decode([i for i in ids if i > self.user or i == self.unk])
 
     def pieces(self,
@@ -320,7 +318,7 @@ def encode_stream(
 ) -> Iterator: # (the list of texts, an int32 array of ids for each)
     "Batches of texts with their ids, in order, from any number of processes"
     check(workers > 0, f'workers = {workers}: expected a positive number of processes')
-    if workers == 1: yield from ((texts, tok.encode_arrays(texts)) for texts in batches); return
+    if workers == 1: return (yield from ((texts, tok.encode_arrays(texts)) for texts in batches))
     crew, free, waiting, pool = [Worker(tok) for _ in range(workers)], SimpleQueue(), deque(), ThreadPoolExecutor(workers)
     for w in crew: free.put(w)
     def encode(texts):
@@ -397,5 +395,7 @@ def plot_compression(
         for n, name in enumerate(k for k in rows[0] if k not in ('kind', 'size')):
             ax.plot([r['size'] for r in mine], [r[name] for r in mine], style, color=f'C{n}', marker='o', label=f'{name}, {kind}')
     ax.set(xscale='log', xlabel='vocabulary size', ylabel='bytes per token', xticks=sorted({r['size'] for r in rows}))
-    ax.set_xticks([r['size'] for r in mine], [str(r['size']) for r in mine]); ax.minorticks_off()
-    ax.legend(); ax.grid(alpha=.3)
+    ax.set_xticks([r['size'] for r in mine], [str(r['size']) for r in mine])
+    ax.minorticks_off()
+    ax.legend()
+    ax.grid(alpha=.3)

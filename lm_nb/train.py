@@ -12,6 +12,7 @@ __all__ = ['DTYPES', 'FREE', 'batch_nll', 'global_targets', 'TrainConfig', 'mixe
 import json, math, os, re, signal, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -472,16 +473,20 @@ def settle(
     device, # torch device
     about:dict, # what else the stage depends on; JSON
     ranks:Ranks=Ranks(),
-) -> str: # the number format: 'bf16', 'fp16' or 'fp32'
+    attention=lambda dtype: 'auto', # number format -> kernel, from `attention_kernel`'s; asked when the stage begins
+) -> tuple: # (number format: 'bf16', 'fp16' or 'fp32'; kernel of attention)
     "Note what a stage depends on when it begins. `UserError` with the differences if it would go on with something else"
     path = Path(folder)/'stage.json'
     now = json.loads(json.dumps(dict(about, recipe={k: v for k, v in asdict(cfg).items() if k not in FREE}), default=str))
     def note():
-        if not path.exists() or not checkpoints(path.parent/'checkpoints'): return write_json(path, dict(now, dtype=pick_dtype(device, cfg.dtype)))
-        odd = differing({k: v for k, v in read_json(path).items() if k != 'dtype'}, now)
+        if not path.exists() or not checkpoints(path.parent/'checkpoints'):
+            dtype = pick_dtype(device, cfg.dtype)
+            return write_json(path, dict(now, dtype=dtype, attention=attention(dtype)))
+        odd = differing({k: v for k, v in read_json(path).items() if k not in ('dtype', 'attention')}, now)
         check(not odd, f'{folder}: was begun with something else: {"; ".join(odd)}. Put it back, or choose another run_dir=')
     on_first(ranks, note)
-    return read_json(path)['dtype']
+    found = read_json(path)
+    return found['dtype'], found.get('attention', 'auto')
 
 # %% ../nbs/09_train.ipynb #a561541c
 def _ahead(batches, device):
@@ -490,11 +495,11 @@ def _ahead(batches, device):
     return Ahead(batches, pinned if device.type == 'cuda' else None)
 
 # %% ../nbs/09_train.ipynb #d45eaa08
-def _attention(gpt, batches, start, device, dtype):
-    "The kernel of attention that is fastest on a GPU for such batches, for the time of a run"
-    if device.type != 'cuda': return nullcontext()
-    first = batches(start)[0]
-    return attention_kernel(pick_attention(gpt.cfg, len(first.x), device, dtype, first.doc is not None))
+def _attention(model, batches, device, dtype):
+    "The kernel of attention that is fastest on a GPU for such batches"
+    if device.type != 'cuda': return 'auto'
+    first = batches(0)[0]
+    return pick_attention(model, len(first.x), device, dtype, first.doc is not None)
 
 # %% ../nbs/09_train.ipynb #3f828b08
 def train(
@@ -513,7 +518,8 @@ def train(
 ) -> dict: # the last point of the curves
     "Train `gpt` to the end of `cfg`, from where its checkpoints left off. Raises `Interrupted` after Ctrl-C"
     device, folder = pick_device(cfg.device), Path(folder)
-    dtype = settle(folder, cfg, device, {'model': asdict(replace(gpt.cfg, recompute=False)), **(about or {})}, ranks)
+    about = {'model': asdict(replace(gpt.cfg, recompute=False)), **(about or {})}
+    dtype, kernel = settle(folder, cfg, device, about, ranks, partial(_attention, gpt.cfg, batches, device))
     if device.type == 'cpu': keep_buffers()
     model = wrap(gpt.to(device).train(), cfg.parallel, ranks, device, cfg.shards)
     optimizers, scaler = make_optimizers(gpt, cfg), torch.amp.GradScaler(device.type, enabled=dtype == 'fp16')
@@ -526,7 +532,7 @@ def train(
     guard = Guard(cfg, folder, getattr(batches, 'documents', lambda step: []), ranks, desc, left.get('skipped', 0))
     now = lambda every, s: due(every, s.step, cfg.steps)
     bar = progress(total=cfg.steps * cfg.batch_tokens, initial=start * cfg.batch_tokens, desc=desc, unit='tok', unit_scale=True)
-    with saver, stop_flag() as stopped, bar, _explain_memory(gpt, cfg, dtype, device, ranks), _attention(gpt, batches, start, device, dtype):
+    with saver, stop_flag() as stopped, bar, _explain_memory(gpt, cfg, dtype, device, ranks), attention_kernel(kernel):
         for s in training_steps(model, optimizers, _ahead(batches, device), cfg, start, ranks, device, dtype, scaler, seed):
             bar.update(cfg.batch_tokens)
             guard.see(s)

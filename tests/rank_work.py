@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-import lm_nb.optim
 from lm_nb.checkpoint import Saver, run_state
 from lm_nb.core import UserError
 from lm_nb.model import GPT, GPTConfig
@@ -13,7 +12,6 @@ from lm_nb.ranks import Ranks, agree, close_ranks, init_ranks, lost_ranks, sync_
 from lm_nb.shards import IGNORE, Batch, Order
 from lm_nb.train import TrainConfig, train
 
-lm_nb.optim.product_dtype = lambda device: torch.float32  # Muon's products, too
 CPU = torch.device('cpu')
 SHAPE = dict(vocab_size=101, context=16, n_layer=2, n_head=2, d_model=36, d_ff=70)  # sizes that no number of ranks divides evenly
 ROWS = 12

@@ -19,6 +19,7 @@ from lm_nb.corpus import Report
 from lm_nb.microworld import write_microworld
 
 from pathlib import Path
+from zlib import crc32
 
 REAL = Path(os.environ.get('LM_NB_REAL_DATA', root().parent/'shared'/'data'))
 needs_real = pytest.mark.skipif(not (REAL/'alpaca_zh_demo.json').exists(),
@@ -466,3 +467,10 @@ def test_datatrove_runs_the_same_functions(tmp_path):
 def test_cleaning_is_light_to_import():
     code = 'import sys, lm_nb.cleaning; print([m for m in ("torch", "datasets", "ftfy", "datasketch", "scipy", "matplotlib", "datatrove") if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=root()).stdout.strip() == '[]'
+
+
+def test_what_is_held_out_and_what_is_a_copy_stay_the_same():
+    "Runs that were recorded rest on these: a hash decides what validates, a signature what is left out"
+    assert [round(share_of(t, seed), 6) for t, seed in ((ARTICLE, 0), (ARTICLE, 1), ('', 0), ('The river Ash.', 0))] == [0.881, 0.938316, 0.515152, 0.148129]
+    assert [crc32(signature(t).tobytes()) for t in (ARTICLE, 'The river Ash rises in the hills.', 'x')] == [3625078431, 1039301173, 2526147483]
+    assert [crc32(shingles(t).tobytes()) for t in (ARTICLE, 'The river Ash rises in the hills.', 'x')] == [302263873, 2064263868, 2204395024]

@@ -1,5 +1,5 @@
 """The command line as a user meets it: what works, and what a mistake looks like"""
-import bz2, gzip, json, os, re, shutil, subprocess, sys
+import bz2, gzip, json, os, re, shutil, subprocess, sys, threading
 from pathlib import Path
 
 import pytest, torch
@@ -301,11 +301,33 @@ def test_generate_and_chat_refuse_what_cannot_be(trained, bad):
 
 
 def test_chat_answers_each_piped_line_and_ends_with_them(trained):
-    asks = [b'When did Ada come to this town?\n', b'much too long ' * 100 + b'\n', b'caf\xe9?\n', 'Hello, 林城\n'.encode()]
+    asks = [b'When did Ada come to this town?\n', b'much too long ' * 100 + b'\n', b' \n', b'caf\xe9?\n', 'Hello, 林城\n'.encode()]
     done = shell(trained[0].parent.parent, 'chat', 'own', 'max_new=8', input=b''.join(asks), text=False, env={'PYTHONIOENCODING': 'utf-8:strict'})
     assert done.returncode == 0 and b'Traceback' not in done.stderr, done.stderr.decode()
     answers = done.stdout.decode().split('\n\n')
     assert len(answers) == 5 and 'the model reads at most 48' in answers[1] and answers[4] == ''
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='needs a pseudo-terminal')
+def test_chat_at_a_terminal_edits_lines_and_outlives_an_empty_one(trained):
+    "The arrow key brings a question back; an empty line asks nothing; Ctrl-D ends"
+    import pty
+    person, machine = pty.openpty()
+    code = 'import sys; from lm_nb.cli import main; sys.exit(main())'
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), 'TERM': 'xterm', 'LC_ALL': 'C.UTF-8'}
+    with subprocess.Popen([sys.executable, '-c', code, 'chat', 'own', 'max_new=4'], cwd=trained[0].parent.parent, env=env, stdin=machine, stdout=machine,
+                          stderr=machine) as job:
+        os.close(machine)
+        guard = threading.Timer(120, job.kill)  # rather a failure than a test that waits for ever
+        guard.start()
+        said, todo = b'', [b'Hello, \xe6\x9e\x97\n', b'\n', b'\x1b[A\n', b'\x04']
+        try:
+            while part := os.read(person, 4096):
+                said += part
+                if todo and said.endswith((b'> ', b'> \x1b[?2004h')): os.write(person, todo.pop(0))
+        except OSError: pass  # the other end is closed
+        finally: os.close(person), guard.cancel()
+    assert job.returncode == 0 and not todo and said.decode(errors='replace').count('> Hello, 林') == 2, said.decode(errors='replace')
 
 
 def test_a_run_directory_of_another_recipe_is_refused_and_untouched(trained, bad):

@@ -6,10 +6,10 @@ import numpy as np, pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from lm_nb.core import UserError, read_json, root
+from lm_nb.core import UserError, read_json, root, sha256
 from lm_nb.corpus import Report
 from lm_nb.instructions import Example, conversation_row, encode_each, encode_examples, read_instructions, sft_row
-from lm_nb.packing import (MixedBatches, Packed, SFTBatches, example_length, pack, packed_row, plot_rows, rows_of, sft_eval_batches, verify_packed,
+from lm_nb.packing import (MixedBatches, Packed, SFTBatches, example_length, pack, packed_rows, plot_rows, rows_of, sft_eval_batches, verify_packed,
                            write_packed)
 from lm_nb.shards import IGNORE, Shards
 from lm_nb.tokenizer import Tokenizer
@@ -94,7 +94,7 @@ def test_evaluation_asks_every_question_once(rows):
 
 
 def test_a_packed_row_is_its_examples_side_by_side():
-    x, y, doc = packed_row(tok, PAIRS[:3], 60)
+    x, y, doc = (t[0] for t in packed_rows(tok, [PAIRS[:3]], 60))
     for i, (p, a) in enumerate(PAIRS[:3]):
         single = sft_row(p, a, bos=tok.bos, eos=tok.eos, pad=tok.pad, max_length=len(p) + len(a) + 2)
         assert x[doc == i].tolist() == single[0].tolist()
@@ -125,7 +125,7 @@ def test_each_example_has_the_loss_that_it_has_alone(arch, tmp_path):
     with torch.no_grad():
         for i in range(len(stored)): alone[i] = loss(*conversation_row(stored[i], bos=tok.bos, eos=tok.eos)).sum()
         for row in stored.rows:
-            x, y, doc = packed_row(tok, [stored[i] for i in row], 120)
+            x, y, doc = (t[0] for t in packed_rows(tok, [[stored[i] for i in row]], 120))
             each = loss(x, y, doc)
             for n, i in enumerate(row): packed[i] = each[doc == n].sum()
     assert max(len(row) for row in stored.rows) > 2 and sorted(packed) == sorted(alone) == list(range(len(CHATS)))
@@ -280,3 +280,10 @@ def test_alpaca_fills_its_rows(tmp_path):
     targets = sum(int((b.y != IGNORE).sum()) for step in range(batches.steps_per_epoch) for b in batches(step))
     assert targets == sum(len(a) + 2 for _, a in encode_examples(real, examples, 1025))
     assert sum(int((b.doc >= 0).sum()) for step in range(batches.steps_per_epoch) for b in batches(step))/(1024*batches.steps_per_epoch) >= .98
+
+
+def test_the_same_examples_give_the_same_files(tmp_path):
+    write_packed([pair*(1 + i % 3) for i, pair in enumerate(PAIRS)], tok, tmp_path/'p', context=120)
+    assert {p.name: sha256(p)[:16] for p in (tmp_path/'p').iterdir()} == {
+        'examples.bin': 'f05f1919ef8c4f1a', 'index.json': 'ea5e1094d319be28', 'parts.bin': '7596d949ee467a17', 'rows.bin': 'b0b0554047b6c86c',
+        'tokens.bin': 'ac635b4416af4f0f'}

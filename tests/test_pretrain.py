@@ -3,7 +3,9 @@ import json, random
 import pytest
 
 from lm_nb.core import UserError, read_json
-from lm_nb.pretrain import DataConfig, documents, load_recipe, run_folder, run_shards, run_text, run_tokenizer, shares, text_batches, tokenizer_texts
+from lm_nb.pretrain import DataConfig, documents, load_recipe, pretrain, run_folder, run_shards, run_text, run_tokenizer
+from lm_nb.pretrain import shares, stage_main, text_batches, tokenizer_texts
+from lm_nb.sft import sft
 
 WORDS = 'river hill lantern green old stone bridge painter carpenter music winter summer market harbour tower garden'.split()
 SMALL = ['vocab_size=300', 'context=32', 'batch_tokens=256', 'n_layer=1', 'n_head=2', 'd_model=32', 'pretrain.tokens=2560', 'sft.tokens=2560',
@@ -95,3 +97,8 @@ def test_instructions_alone_train_a_tokenizer(tmp_path, run):
     assert 40 < len(list(tokenizer_texts(recipe, folder))) < 60
     assert run_tokenizer(recipe, folder).decode([]) == '' and not (folder/'text').exists()
     with pytest.raises(UserError, match='no text to read'): run_text(recipe, folder)
+
+
+def test_a_stage_without_a_recipe_names_its_own_command(capsys):
+    for stage in (pretrain, sft):
+        assert stage_main(stage, []) == 2 and f'python -m lm_nb.{stage.__name__} micro' in capsys.readouterr().err

@@ -8,7 +8,7 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 
 import lm_nb.shards
-from lm_nb.core import UserError, root
+from lm_nb.core import UserError, root, sha256
 from lm_nb.model import GPT, GPTConfig
 from lm_nb.shards import (IGNORE, Ahead, Mixture, MixtureBatches, Order, PretrainBatches, Shards, eval_batches, mixture_at, permute,
                           pretrain_pair, quotas, sample_at, verify, window_batch, write_shards)
@@ -696,3 +696,20 @@ def test_real_articles_come_back(tmp_path):
     ids = s.tokens(0, len(s))
     parts = np.split(ids, np.flatnonzero(ids == real.eos) + 1)[:-1]
     assert [real.decode(p) for p in parts] == docs
+
+
+# ------------------------------------------------------------------ what recorded runs rest on
+
+def test_the_same_documents_give_the_same_files(tmp_path):
+    write_shards([f'document {i} ' + '天地'*(i*7 % 40) for i in range(50)], tok, tmp_path/'s', shard_tokens=2000)
+    assert {p.name: sha256(p)[:16] for p in (tmp_path/'s').iterdir()} == {
+        'index.json': '2a1598ba8bab0821', 'shard-00000.bin': 'a6f6a94d07a2b82c', 'shard-00000.doc': 'a3ea65ff58721bc0',
+        'shard-00001.bin': '469b6986c72899a3', 'shard-00001.doc': '7cb3ca4da4f338ac', 'shard-00002.bin': 'd23741a4a94272bc',
+        'shard-00002.doc': 'a03ae998328f08e8'}
+
+
+def test_the_order_of_samples_is_the_one_of_the_recorded_runs(tmp_path):
+    "Another order would be as good, but a run that is resumed would skip samples and repeat others"
+    assert sample_at(np.arange(8, 16), 12, seed=5).tolist() == [2, 3, 8, 0, 2, 11, 0, 8]
+    assert [m.tolist() for m in Order(10**9, 5, 3, rank=0, world=2, micro_rows=2)(10**7)] == [[529488246, 924087443], [274408375]]
+    assert Mixture([900, 100, 400], [.7, .2, .1], rows=6, seed=2)(400) == [[(0, 874), (0, 826), (0, 217), (0, 740), (1, 54), (0, 233)]]

@@ -2,6 +2,7 @@
 import inspect
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +38,25 @@ def test_every_benchmark_of_the_chapter_is_on_the_list_with_options_a_command_li
         for p in inspect.signature(BENCHMARKS[name]).parameters.values():
             assert p.default is not inspect.Parameter.empty and p.annotation in (int, float, str, bool)
         assert BENCHMARKS[name].__doc__
+
+
+def cells(name):
+    return json.loads((Path(__file__).parent.parent/'nbs'/f'{name}.ipynb').read_text(encoding='utf-8'))['cells']
+
+
+def test_the_page_says_of_every_benchmark_what_it_compares():
+    prose = ''.join(''.join(c['source']) for c in cells('15b_speed') if c['cell_type'] == 'markdown')
+    here = {name for name, f in BENCHMARKS.items() if f.__module__ == 'lm_nb.speed'}
+    assert set(re.findall(r'^\| `lm-nb bench (\w+)` \|', prose, re.M)) == here
+
+
+@pytest.mark.parametrize('name', ['14b_plan', '15_benchmarks', '15b_speed'])
+def test_what_is_said_about_recorded_figures_is_what_was_recorded(name):
+    slow = [c for c in cells(name) if ''.join(c['source']).startswith('#| slow')]
+    recorded = json.dumps([c['outputs'] for c in slow], ensure_ascii=False)
+    last = ''.join(cells(name)[-1]['source'])
+    said = re.findall(r'\d+\.\d+', last)
+    assert said and [n for n in said if not re.search(rf'(?<![\d.]){re.escape(n)}(?!\d)', recorded)] == []
 
 
 @pytest.mark.parametrize('name', sorted(read_settings(Path(__file__).parent.parent/'settings.ini')))

@@ -323,7 +323,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'lm_nb.corpus.wiki_tidy': ('corpus.html#wiki_tidy', 'lm_nb/corpus.py'),
                               'lm_nb.corpus.wiki_variant': ('corpus.html#wiki_variant', 'lm_nb/corpus.py')},
             'lm_nb.estimate': { 'lm_nb.estimate.Memory': ('estimate.html#memory', 'lm_nb/estimate.py'),
-                                'lm_nb.estimate.Memory.__str__': ('estimate.html#memory.__str__', 'lm_nb/estimate.py'),
+                                'lm_nb.estimate.Memory.__repr__': ('estimate.html#memory.__repr__', 'lm_nb/estimate.py'),
                                 'lm_nb.estimate.Memory.total': ('estimate.html#memory.total', 'lm_nb/estimate.py'),
                                 'lm_nb.estimate._meminfo': ('estimate.html#_meminfo', 'lm_nb/estimate.py'),
                                 'lm_nb.estimate.allocated': ('estimate.html#allocated', 'lm_nb/estimate.py'),

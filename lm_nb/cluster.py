@@ -27,9 +27,11 @@ def fetch(
             with fsspec.open(url, 'rb') as far, open(tmp, 'wb') as near: shutil.copyfileobj(far, near, 2**22)
             check(want is None or (tmp.stat().st_size, sha256(tmp)) == (want['bytes'], want['sha256']),
                   f'{url}: is not the file that the index names; it was cut or changed')
-    except (OSError, ValueError, ImportError) as e: raise UserError(f'{url}: cannot be read ({type(e).__name__}: {" ".join(str(e).split())[:120]})') from None
+    except (OSError, ValueError, ImportError) as e:
+        why = ' '.join(str(e).split())[:120]
+        raise UserError(f'{url}: cannot be read ({type(e).__name__}: {why})') from None
 
-# %% ../nbs/16b_beyond.ipynb #4f560619
+# %% ../nbs/16b_beyond.ipynb #af1a6df9
 class Fetched:
     "The files of one kind in a folder of shards, as arrays that arrive when they are touched"
     def __init__(self,
@@ -40,7 +42,8 @@ class Fetched:
         dtype:str, # of their numbers
         room:float, # bytes that the cache may take
     ):
-        self.url, self.cache, self.names, self.entries, self.dtype, self.room = url.rstrip('/'), Path(cache), names, entries, np.dtype(dtype), room
+        self.url, self.cache, self.room = url.rstrip('/'), Path(cache), room
+        self.names, self.entries, self.dtype = names, entries, np.dtype(dtype)
 
     def __len__(self): return len(self.names)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'block_shapes', 'shapes', 'parameters', 'matrices', 'step_flops', 'optimizer_numbers', 'attention_kept',
-           'kept', 'Memory', 'size', 'chunk_rows', 'loss_bytes', 'update_bytes', 'stays', 'casts', 'masks', 'loss_work',
-           'shard_bytes', 'sharded', 'memory', 'step_bytes', 'memory_room', 'largest_rows', 'wire_bytes', 'hushed',
+           'kept', 'size', 'Memory', 'chunk_rows', 'loss_bytes', 'update_bytes', 'stays', 'casts', 'masks', 'loss_work',
+           'sharded', 'shard_bytes', 'memory', 'step_bytes', 'memory_room', 'largest_rows', 'wire_bytes', 'hushed',
            'allocated']
 
 # %% ../nbs/07b_estimate.ipynb #07fe3619
@@ -30,15 +30,15 @@ def block_shapes(
         return dict(attention=[(D, D)]*4 + [(D,)]*4, MLP=[(F, D), (D, F), (F,), (D,)], norms=[(D,)]*4)
     return dict(attention=[(A, D), (G, D), (G, D), (D, A)], MLP=[(F, D), (F, D), (D, F)], norms=[(D,)]*2 + [(cfg.head_size,)]*2)
 
-# %% ../nbs/07b_estimate.ipynb #39fbfe37
+# %% ../nbs/07b_estimate.ipynb #bf729426
 def shapes(
     cfg:GPTConfig, # shape of the model
 ) -> dict: # {part: list of shapes}
     "All parameters of a model, by part"
-    D, V, gpt2 = cfg.d_model, cfg.vocab_rows, cfg.arch == 'gpt2'
-    out = dict(embedding=[(V, D)], positions=[(cfg.context, D)]*gpt2, **{part: s*cfg.n_layer for part, s in block_shapes(cfg).items()})
-    out['norms'] = out['norms'] + [(D,)]*(1 + gpt2)
-    return {**out, 'head': [(V, D)]*(not cfg.tie)}
+    D, V, old = cfg.d_model, cfg.vocab_rows, cfg.arch == 'gpt2'
+    blocks = {part: s*cfg.n_layer for part, s in block_shapes(cfg).items()}
+    blocks['norms'] += [(D,)]*(2 if old else 1)  # the last norm: LayerNorm has a bias, RMSNorm has none
+    return dict(embedding=[(V, D)], positions=[(cfg.context, D)] if old else [], **blocks, head=[] if cfg.tie else [(V, D)])
 
 # %% ../nbs/07b_estimate.ipynb #29dd73fb
 def parameters(
@@ -54,7 +54,7 @@ def matrices(
     "The weight matrices inside blocks, which Muon moves"
     return [tuple(sorted(s)) for part in block_shapes(cfg).values() for s in part if len(s) == 2]*cfg.n_layer
 
-# %% ../nbs/07b_estimate.ipynb #cca3d2a6
+# %% ../nbs/07b_estimate.ipynb #4c07c202
 def step_flops(
     cfg:GPTConfig, # shape of the model
     tokens:int, # positions in a step
@@ -64,7 +64,7 @@ def step_flops(
     "What one optimizer step computes"
     T = T or cfg.context
     head = 6*cfg.vocab_rows*cfg.d_model
-    model = flops_per_token(cfg, T) + 6*(cfg.vocab_rows - cfg.vocab_size)*cfg.d_model
+    model = flops_per_token(cfg, T) + 6*(cfg.vocab_rows - cfg.vocab_size)*cfg.d_model  # rows that round the vocabulary up are multiplied, too
     again = (model - head)/3 if cfg.recompute else 0
     newton = sum(5*(4*r*r*c + 2*r**3) for r, c in matrices(cfg)) if optimizer == 'muon' else 0
     return dict(model=model*tokens, recomputing=again*tokens, optimizer=newton)
@@ -115,7 +115,16 @@ def kept(
     if cfg.dropout: out['dropout'] = 2*D + w*H*T*2*(device == 'cpu')
     return out
 
-# %% ../nbs/07b_estimate.ipynb #3faedd5d
+# %% ../nbs/07b_estimate.ipynb #718a040b
+def size(
+    n:float, # bytes
+) -> str:
+    "Bytes as people write them"
+    for unit in ('B', 'kB', 'MB', 'GB', 'TB'):
+        if abs(n) < 999.5 or unit == 'TB': return f'{n:.3g} {unit}'
+        n /= 1000
+
+# %% ../nbs/07b_estimate.ipynb #f257385b
 @dataclass(frozen=True)
 class Memory:
     "The most memory that a training step needs at a time, bytes by part, on each rank"
@@ -129,17 +138,7 @@ class Memory:
     @property
     def total(self) -> float: return sum(vars(self).values())
 
-    def __str__(self): return f'{size(self.total)}: ' + ', '.join(f'{part} {size(n)}' for part, n in vars(self).items() if n)
-    __repr__ = __str__
-
-# %% ../nbs/07b_estimate.ipynb #718a040b
-def size(
-    n:float, # bytes
-) -> str:
-    "Bytes as people write them"
-    for unit in ('B', 'kB', 'MB', 'GB', 'TB'):
-        if abs(n) < 999.5 or unit == 'TB': return f'{n:.3g} {unit}'
-        n /= 1000
+    def __repr__(self): return f'{size(self.total)}: ' + ', '.join(f'{part} {size(n)}' for part, n in vars(self).items() if n)
 
 # %% ../nbs/07b_estimate.ipynb #364d1a46
 def chunk_rows(
@@ -163,13 +162,13 @@ def loss_bytes(
 def update_bytes(
     cfg:GPTConfig, # shape of the model
     optimizer:str='muon', # muon or adamw
-    device:str='cpu', # cpu or cuda
 ) -> float:
     "The working space of the optimizer's step: Muon holds its steps, and for one shape of matrix the stack it works on"
     if optimizer == 'adamw': return 0.
     stacks = {}
     for r, c in matrices(cfg): stacks[r, c] = stacks.get((r, c), 0) + r*c
-    return 4*2*sum(stacks.values()) + max(stacks.values())*(4 + 2)
+    steps = 4*2*sum(stacks.values())            # of every matrix, before and after it is orthogonalized
+    return steps + max(stacks.values())*(4 + 2)  # one stack in fp32, and in bf16
 
 # %% ../nbs/07b_estimate.ipynb #e84311a6
 def stays(
@@ -216,15 +215,6 @@ def loss_work(
     block = tokens*(w*cfg.ff_size*(1 if cfg.arch == 'gpt2' else 2) - (4 + w)*D + again)  # the last norm has been through by then
     return (summing, chunk) if chunk + summing > max(handing, block) else (max(handing, block), 0.)
 
-# %% ../nbs/07b_estimate.ipynb #099a50cb
-def shard_bytes(
-    cfg:GPTConfig, # shape of the model
-    k:int, # pieces of the model, from `sharded`
-) -> float: # bytes
-    "What a sharded model needs for exchanges: two gathered blocks, the tables around them, and the gradients of one block"
-    n, block = sum(parameters(cfg).values()), sum(math.prod(s) for part in block_shapes(cfg).values() for s in part)
-    return 4.*(n - cfg.n_layer*block + 3*block) if k > 1 else 0.
-
 # %% ../nbs/07b_estimate.ipynb #6521286d
 def sharded(
     ranks:int, # processes that train together
@@ -239,7 +229,16 @@ def sharded(
     check(shards > 0 and ranks % shards == 0, f'shards = {shards}: hsdp needs a number that divides the {ranks} ranks')
     return shards
 
-# %% ../nbs/07b_estimate.ipynb #77b9555c
+# %% ../nbs/07b_estimate.ipynb #099a50cb
+def shard_bytes(
+    cfg:GPTConfig, # shape of the model
+    k:int, # pieces of the model, from `sharded`
+) -> float: # bytes
+    "What a sharded model needs for exchanges: two gathered blocks, the tables around them, and the gradients of one block"
+    n, block = sum(parameters(cfg).values()), sum(math.prod(s) for part in block_shapes(cfg).values() for s in part)
+    return 4.*(n - cfg.n_layer*block + 3*block) if k > 1 else 0.
+
+# %% ../nbs/07b_estimate.ipynb #c4c57132
 def memory(
     cfg:GPTConfig, # shape of the model
     rows:int, # rows of `context` positions in a micro-batch, on each rank
@@ -258,7 +257,7 @@ def memory(
     stay, work, chunk = stays(cfg, tokens, dtype, device), *loss_work(cfg, tokens, dtype, device)
     loss = Memory(**fixed, gradients=4*n/k if micros > 1 or ranks > k else 4*cfg.vocab_rows*cfg.d_model, activations=stay, logits=chunk,
                   buffers=gathered + casts(cfg, dtype) + masks(cfg, rows, dtype, device) + work)
-    update = Memory(**fixed, gradients=4*n/k, activations=0., logits=0., buffers=gathered + update_bytes(cfg, optimizer, device))
+    update = Memory(**fixed, gradients=4*n/k, activations=0., logits=0., buffers=gathered + update_bytes(cfg, optimizer))
     return max(loss, update, key=lambda m: m.total)
 
 # %% ../nbs/07b_estimate.ipynb #c2e4ccf0
@@ -273,7 +272,15 @@ def step_bytes(
     "The least that one optimizer step reads and writes"
     n = sum(parameters(cfg).values())
     acts = cfg.n_layer*sum(kept(cfg, dtype, device).values())*rows*cfg.context
-    return micros*(2*acts + 2*4*n + 2*4*n) + 4*n*4 + 2*4*optimizer_numbers(cfg, optimizer)
+    micro = 2*acts + 2*4*n + 2*4*n  # activations written and read; weights read forward and backward; gradients read and written
+    update = 4*4*n + 2*4*optimizer_numbers(cfg, optimizer)  # gradients read to clip and to move, weights read and written
+    return micros*micro + update
+
+# %% ../nbs/07b_estimate.ipynb #b055126b
+def _meminfo(key):
+    path = Path('/proc/meminfo')
+    if not path.is_file(): return None
+    return next((1024*int(l.split()[1]) for l in path.read_text().splitlines() if l.startswith(key + ':')), None)
 
 # %% ../nbs/07b_estimate.ipynb #6ac478d5
 def memory_room(
@@ -285,12 +292,6 @@ def memory_room(
     if free is None: free = os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE') if hasattr(os, 'sysconf') else math.inf
     words = limit.read_text().strip() if limit.is_file() else 'max'
     return float(free if words == 'max' else min(free, int(words)))
-
-# %% ../nbs/07b_estimate.ipynb #b055126b
-def _meminfo(key):
-    path = Path('/proc/meminfo')
-    if not path.is_file(): return None
-    return next((1024*int(l.split()[1]) for l in path.read_text().splitlines() if l.startswith(key + ':')), None)
 
 # %% ../nbs/07b_estimate.ipynb #02699c37
 def largest_rows(
@@ -333,7 +334,8 @@ def hushed():
     try: yield
     finally:
         os.dup2(before, 2)
-        os.close(before), os.close(nowhere)
+        os.close(before)
+        os.close(nowhere)
 
 # %% ../nbs/07b_estimate.ipynb #86361da0
 def allocated(
@@ -345,5 +347,5 @@ def allocated(
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: f()
         p.export_chrome_trace(f'{tmp}/trace.json')
         events = json.loads(Path(f'{tmp}/trace.json').read_text(encoding='utf-8'))['traceEvents']
-    sizes = [e['args']['Bytes'] for e in sorted((e for e in events if e.get('name') == '[memory]'), key=lambda e: e['ts'])]
-    return max(accumulate(sizes, initial=0))
+    changes = sorted((e for e in events if e.get('name') == '[memory]'), key=lambda e: e['ts'])
+    return max(accumulate((e['args']['Bytes'] for e in changes), initial=0))  # given out: positive; taken back: negative

@@ -171,10 +171,11 @@ def apart(
     report:Report, # counts what is left out
 ):
     "Stream the documents that are no copy of a held-out one"
-    same, near = set(held), NearIndex(cfg.near_threshold) if cfg.dedup == 'near' else None
-    for doc in sorted(same) if near is not None else []: near.add(signature(doc))
+    same, near = set(held), NearIndex(cfg.near_threshold)
+    if cfg.dedup == 'near':
+        for doc in sorted(same): near.add(signature(doc))
     for doc in docs:
-        if doc in same or near is not None and near.find(signature(doc)) is not None: report.reject('copy of a held-out document', doc)
+        if doc in same or (cfg.dedup == 'near' and near.find(signature(doc)) is not None): report.reject('copy of a held-out document', doc)
         else: yield doc
 
 # %% ../nbs/12_pretrain.ipynb #b1f93a9c

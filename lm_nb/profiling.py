@@ -27,6 +27,7 @@ def recorded(
     trace=None, # a file for the timeline
 ) -> dict: # {operator: (calls of a step, own seconds of a step)}
     "What a training step calls, as the profiler saw it"
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
     cuda = trial.device.type == 'cuda'
     with hushed():
@@ -34,7 +35,7 @@ def recorded(
             for _ in range(steps): trial()
             trial.wait()
         if trace: p.export_chrome_trace(str(trace))
-        rows = p.key_averages()
+        rows = [e for e in p.key_averages() if e.device_type == DeviceType.CPU]  # a GPU's kernels are listed once more, under names of their own
     own = lambda e: e.self_device_time_total if cuda else e.self_cpu_time_total
     return {e.key: (e.count/steps, own(e)/1e6/steps) for e in rows if own(e) > 0}
 

@@ -709,6 +709,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lm_nb.pretrain.only_us': ('pretrain.html#only_us', 'lm_nb/pretrain.py'),
                                 'lm_nb.pretrain.pretrain': ('pretrain.html#pretrain', 'lm_nb/pretrain.py'),
                                 'lm_nb.pretrain.read_part': ('pretrain.html#read_part', 'lm_nb/pretrain.py'),
+                                'lm_nb.pretrain.recorded_recipe': ('pretrain.html#recorded_recipe', 'lm_nb/pretrain.py'),
                                 'lm_nb.pretrain.rows': ('pretrain.html#rows', 'lm_nb/pretrain.py'),
                                 'lm_nb.pretrain.run_folder': ('pretrain.html#run_folder', 'lm_nb/pretrain.py'),
                                 'lm_nb.pretrain.run_shards': ('pretrain.html#run_shards', 'lm_nb/pretrain.py'),

@@ -85,14 +85,17 @@ def _sft(name, pairs):
 
 # %% ../nbs/17_cli.ipynb #09049dd7
 def _evaluate(name, pairs):
-    "RECIPE [key=value …]: measure the models of a run"
+    "RECIPE [run_dir=…] [device=…]: measure the models of a run"
     import json
     from lm_nb.checkpoint import load_model
     from lm_nb.core import pick_device
+    from lm_nb.pretrain import recorded_recipe
     from lm_nb.workbook import measure_base, measure_chat
-    recipe, run = _open(name, pairs)
+    run = Path(pairs.get('run_dir') or root()/'runs'/name)
+    if pairs.keys() <= {'run_dir', 'device'} and (run/'recipe.json').exists(): recipe = recorded_recipe(run)
+    else: recipe, run = _open(name, pairs)
     check((run/'base').exists() or (run/'chat').exists(), f'{run}: there is no model yet; run  lm-nb run {name}  first')
-    device, out = pick_device(recipe.pretrain.device), {}
+    device, out = pick_device(pairs.get('device', recipe.pretrain.device)), {}
     if (run/'base').exists(): out['base'] = measure_base(recipe, run, load_model(run/'base', device)[0])
     if (run/'chat').exists(): out['chat'] = measure_chat(recipe, run, load_model(run/'chat', device)[0])[0]
     print(json.dumps(out, ensure_ascii=False, indent=1))

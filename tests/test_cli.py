@@ -280,6 +280,7 @@ def test_evaluate_measures_both_models(trained, good):
     got, kept = json.loads(good('evaluate', *words)), read_json(run/'results.json')
     assert got['base']['heldout']['bits_per_byte'] == pytest.approx(kept['base']['heldout']['bits_per_byte'], rel=1e-4)
     assert got['chat']['heldout_answers']['loss'] == pytest.approx(kept['chat']['heldout_answers']['loss'], rel=1e-4)
+    assert json.loads(good('evaluate', 'own', 'device=cpu')) == got, 'the run knows what it was made with'
 
 
 def test_generate_continues_the_prompt(trained, good):

@@ -958,6 +958,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'lm_nb.train.Meter.read': ('train.html#meter.read', 'lm_nb/train.py'),
                              'lm_nb.train.Meter.state': ('train.html#meter.state', 'lm_nb/train.py'),
                              'lm_nb.train.RunLog': ('train.html#runlog', 'lm_nb/train.py'),
+                             'lm_nb.train.RunLog.__enter__': ('train.html#runlog.__enter__', 'lm_nb/train.py'),
+                             'lm_nb.train.RunLog.__exit__': ('train.html#runlog.__exit__', 'lm_nb/train.py'),
                              'lm_nb.train.RunLog.__init__': ('train.html#runlog.__init__', 'lm_nb/train.py'),
                              'lm_nb.train.RunLog.close': ('train.html#runlog.close', 'lm_nb/train.py'),
                              'lm_nb.train.RunLog.scalars': ('train.html#runlog.scalars', 'lm_nb/train.py'),

@@ -134,7 +134,8 @@ def recorded_recipe(
     "The recipe whose run this is"
     kinds = parts(Recipe)
     try: return Recipe(**{k: kinds[k](**v) if k in kinds else v for k, v in read_json(Path(run)/'recipe.json').items()})
-    except (TypeError, AttributeError) as e: raise UserError(f'{run}/recipe.json: is not a recipe of this version of lm_nb ({e}); go on with the version that wrote it') from None
+    except (TypeError, AttributeError) as e:
+        raise UserError(f'{run}/recipe.json: is not a recipe of this version of lm_nb ({e}); go on with the version that wrote it') from None
 
 # %% ../nbs/12_pretrain.ipynb #b2899e1f
 def sources(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DTYPES', 'FREE', 'batch_nll', 'global_targets', 'TrainConfig', 'mixed', 'pinned', 'to_device', 'accumulate', 'update',
            'step_seed', 'Step', 'training_steps', 'matmul_peak', 'peak_memory', 'Meter', 'read_log', 'RunLog',
-           'Interrupted', 'stop_flag', 'due', 'Verdict', 'Guard', 'memory_words', 'keep_buffers', 'settle', 'train',
+           'Interrupted', 'stop_flag', 'due', 'Verdict', 'Guard', 'memory_words', 'settle', 'keep_buffers', 'train',
            'plot_run']
 
 # %% ../nbs/09_train.ipynb #808a1346
@@ -23,7 +23,7 @@ from .shards import IGNORE, Ahead, Batch, mix
 from .model import GPT, attention_kernel, pick_attention
 from .optim import OptimConfig, lr_factor, make_optimizers, set_lr
 from .estimate import largest_rows, memory, memory_room, size
-from .ranks import Ranks, agree, all_sum, any_rank, clip_norm, on_first, sync_on_last, time_out, wrap
+from .ranks import Ranks, agree, all_sum, any_rank, clip_norm, on_first, sync_on_last, wrap
 from .checkpoint import Saver, checkpoints, differing
 
 # %% ../nbs/09_train.ipynb #6b96d3d9
@@ -172,7 +172,7 @@ class Step:
     targets: torch.Tensor    # () targets over all ranks
     grad_norm: torch.Tensor  # () norm of the gradient before clipping
     lr: float                # factor on the peak learning rates
-    bad: torch.Tensor        # () True if loss or gradient are not finite; nobody has moved then
+    bad: torch.Tensor        # () True if loss or gradient are not finite; nobody has moved then. In fp16 a gradient may overflow: that only lowers its scale
     own: torch.Tensor        # () this rank's part of the loss
 
 # %% ../nbs/09_train.ipynb #3a9cdd65
@@ -212,11 +212,13 @@ def matmul_peak(
     own = torch.Generator(device).manual_seed(0)  # the run's random numbers are not ours to use up
     a, b = (torch.randn(n, n, device=device, dtype=DTYPES[dtype], generator=own) for _ in range(2))
     sync = torch.cuda.synchronize if device.type == 'cuda' else (lambda: None)
-    a @ b; sync()
+    a @ b
+    sync()
     t0, done = time.perf_counter(), 0
     while time.perf_counter() - t0 < seconds:
         for _ in range(4): a @ b
-        sync(); done += 4
+        sync()
+        done += 4
     return done * 2 * n**3 / (time.perf_counter() - t0)
 
 # %% ../nbs/09_train.ipynb #3e942a68
@@ -243,6 +245,7 @@ class Meter:
     ):
         self.cfg, self.device, self.world = cfg, device, world
         self.peak, self.flops = matmul_peak(device, dtype), gpt.flops_per_token(gpt.cfg.context)
+        if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)  # what was measured up to here is not training
         self._clear()
         if saved: self.nll, self.targets, self.empty = saved['nll'], saved['targets'], saved['empty']
 
@@ -250,8 +253,10 @@ class Meter:
 
     def add(self, s:Step):
         "Take a step into the point; one that was left out does not count"
-        self.nll, self.targets = (have + torch.where(s.bad, 0., new) for have, new in ((self.nll, s.nll), (self.targets, s.targets)))
-        self.empty, self.steps = self.empty + (s.targets == 0), self.steps + 1
+        self.nll = self.nll + torch.where(s.bad, 0., s.nll)
+        self.targets = self.targets + torch.where(s.bad, 0., s.targets)
+        self.empty = self.empty + (s.targets == 0)
+        self.steps += 1
 
     @contextmanager
     def paused(self):
@@ -263,14 +268,15 @@ class Meter:
     def state(self) -> dict: return dict(nll=float(self.nll), targets=float(self.targets), empty=int(self.empty))  # the point that is still open
 
     def read(self, s:Step) -> dict:
-        "The point that ends with this step; the next one begins"
-        loss = float(self.nll) / max(float(self.targets), 1)   # waits for the device: the clock is read after it
+        "The point that ends with this step; the next one begins. Without loss or gradient norm where there is none: all steps were left out"
+        targets, empty = float(self.targets), int(self.empty)  # waits for the device: the clock is read after it
+        loss = float(self.nll) / targets if targets else 0. if empty else math.nan
         speed = self.steps * self.cfg.batch_tokens / (time.perf_counter() - self.t0)
         point = dict(loss=loss, lr=s.lr * self.cfg.lr, grad_norm=s.grad_norm.item(), tokens_per_s=speed,
                      mfu=speed * self.flops / (self.peak * self.world), memory_gib=peak_memory(self.device), tokens=s.step * self.cfg.batch_tokens)
-        if empty := int(self.empty): point['empty_steps'] = empty  # without a target: loss 0, and nobody has moved
+        if empty: point['empty_steps'] = empty  # without a target: loss 0, and nobody has moved
         self._clear()
-        return point
+        return {k: v for k, v in point.items() if math.isfinite(v)}
 
 # %% ../nbs/09_train.ipynb #609a0473
 def read_log(
@@ -313,6 +319,10 @@ class RunLog:
         if not self.on: return
         self.board.add_text(tag, text.replace('\n', '  \n'), step)
         with (self.path.parent/f'{tag}s.md').open('a', encoding='utf-8') as f: f.write(f'## step {step}\n\n{text}\n\n')
+
+    def __enter__(self): return self
+    def __exit__(self, *exc):
+        if self.on: self.board.close()
 
     def close(self, recipe=None, metrics=None):
         "The end; with a recipe and its last numbers the run shows in TensorBoard's table of runs"
@@ -445,22 +455,13 @@ def memory_words(
     "Where the memory of a step goes, and what to lower"
     share = max(1, cfg.batch_tokens // model.context // ranks.world)
     rows = min(cfg.micro_rows or share, share)
-    how = dict(optimizer=cfg.optimizer, dtype=dtype, device=device.type, ranks=ranks.world, parallel=cfg.parallel, shards=cfg.shards or ranks.world)
+    shards = cfg.shards or int(os.environ.get('LOCAL_WORLD_SIZE', ranks.world))
+    how = dict(optimizer=cfg.optimizer, dtype=dtype, device=device.type, ranks=ranks.world, parallel=cfg.parallel, shards=shards)
     room = memory_room(device)
     fits = min(largest_rows(model, .9 * room, **how), rows // 2)
     advice = f'set micro_rows={fits}' if fits else 'lower d_model, n_layer or context, or set recompute=true'
     return (f'out of memory: a forward and backward pass over {rows} rows of {model.context} tokens takes about {memory(model, rows, **how)}; '
             f'free: {size(room)}. {advice}; the last checkpoint is intact')
-
-# %% ../nbs/09_train.ipynb #e6f7d4c7
-def keep_buffers():
-    "Ask glibc to reuse large buffers instead of returning them to the system; elsewhere do nothing"
-    import ctypes
-    try: mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError): return
-    M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
-    mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)  # 0 means refused
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 # %% ../nbs/09_train.ipynb #59321882
 FREE = frozenset(
@@ -488,12 +489,6 @@ def settle(
     found = read_json(path)
     return found['dtype'], found.get('attention', 'auto')
 
-# %% ../nbs/09_train.ipynb #a561541c
-def _ahead(batches, device):
-    "The batches, prepared by a thread while a device other than the CPU computes"
-    if device.type == 'cpu': return batches
-    return Ahead(batches, pinned if device.type == 'cuda' else None)
-
 # %% ../nbs/09_train.ipynb #d45eaa08
 def _attention(model, batches, device, dtype):
     "The kernel of attention that is fastest on a GPU for such batches"
@@ -501,7 +496,23 @@ def _attention(model, batches, device, dtype):
     first = batches(0)[0]
     return pick_attention(model, len(first.x), device, dtype, first.doc is not None)
 
-# %% ../nbs/09_train.ipynb #3f828b08
+# %% ../nbs/09_train.ipynb #a561541c
+def _ahead(batches, device):
+    "The batches, prepared by a thread while a device other than the CPU computes"
+    if device.type == 'cpu': return batches
+    return Ahead(batches, pinned if device.type == 'cuda' else None)
+
+# %% ../nbs/09_train.ipynb #e6f7d4c7
+def keep_buffers():
+    "Ask glibc to reuse large buffers instead of returning them to the system; elsewhere do nothing"
+    import ctypes
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return
+    M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+    mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)  # 0 means refused
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+# %% ../nbs/09_train.ipynb #3d79f7bd
 def train(
     gpt:GPT, # the model; trained in place
     batches, # step -> this rank's micro-batches
@@ -512,10 +523,10 @@ def train(
     ranks:Ranks=Ranks(),
     desc:str='train', # what the bar says
     recipe:dict|None=None, # shown as TensorBoard's hparams
-    stop=lambda: False, # asked after each step, beside Ctrl-C
+    stop=lambda: False, # whether to stop; asked after each step, with several ranks every `log_every` steps, as is Ctrl-C
     seed:int=0, # of dropout
     about:dict|None=None, # what the stage depends on, beside `cfg`: tokenizer, data
-) -> dict: # the last point of the curves
+) -> dict: # the last point of the curves; empty if there was nothing left to do
     "Train `gpt` to the end of `cfg`, from where its checkpoints left off. Raises `Interrupted` after Ctrl-C"
     device, folder = pick_device(cfg.device), Path(folder)
     about = {'model': asdict(replace(gpt.cfg, recompute=False)), **(about or {})}
@@ -523,39 +534,41 @@ def train(
     if device.type == 'cpu': keep_buffers()
     model = wrap(gpt.to(device).train(), cfg.parallel, ranks, device, cfg.shards)
     optimizers, scaler = make_optimizers(gpt, cfg), torch.amp.GradScaler(device.type, enabled=dtype == 'fp16')
-    saver = Saver(folder/'checkpoints', gpt, optimizers, scaler, ranks, cfg.keep_last, cfg.keep_every, timeout=time_out().total_seconds())
+    saver = Saver(folder/'checkpoints', gpt, optimizers, scaler, ranks, cfg.keep_last, cfg.keep_every)
     start, left = saver.load() or (0, {})
     if start >= cfg.steps: return saver.close() or {}  # done before
     if cfg.parallel != 'ddp': agree(len(batches(start)), 'micro-batches in a step', ranks, device)  # sharded weights are gathered in every forward pass
     if cfg.compile: model = torch.compile(model, dynamic=False)
-    log, meter, last = RunLog(folder, start, on=ranks.first), Meter(gpt, cfg, device, dtype, left.get('point'), ranks.world), {}
+    log, last = RunLog(folder, start, on=ranks.first), {}
+    meter = Meter(gpt, cfg, device, dtype, left.get('point'), ranks.world)
     guard = Guard(cfg, folder, getattr(batches, 'documents', lambda step: []), ranks, desc, left.get('skipped', 0))
     now = lambda every, s: due(every, s.step, cfg.steps)
     bar = progress(total=cfg.steps * cfg.batch_tokens, initial=start * cfg.batch_tokens, desc=desc, unit='tok', unit_scale=True)
-    with saver, stop_flag() as stopped, bar, _explain_memory(gpt, cfg, dtype, device, ranks), attention_kernel(kernel):
+    with saver, log, stop_flag() as stopped, bar, _explain_memory(gpt, cfg, dtype, device, ranks), attention_kernel(kernel):
         for s in training_steps(model, optimizers, _ahead(batches, device), cfg, start, ranks, device, dtype, scaler, seed):
             bar.update(cfg.batch_tokens)
             guard.see(s)
             meter.add(s)
             if now(cfg.log_every, s):
-                last = {**meter.read(s), **({'skipped_steps': guard.skipped} if guard.skipped else {})}
+                last = meter.read(s)
+                if guard.skipped: last['skipped_steps'] = guard.skipped
                 log.scalars(s.step, **last)
-                bar.set_postfix(loss=f'{last["loss"]:.3f}', refresh=False)
+                if 'loss' in last: bar.set_postfix(loss=f'{last["loss"]:.3f}', refresh=False)
             with meter.paused():
                 if validate and now(cfg.eval_every, s):
                     valid = _quietly(gpt, validate)
                     log.scalars(s.step, **valid)
                     last = {**last, **valid}
                 if sample and now(cfg.sample_every, s): log.text(s.step, 'sample', _quietly(gpt, sample))
-                halt = any_rank(stopped() or stop(), ranks, device) if ranks.world == 1 or s.step % cfg.log_every == 0 else False
+                ask = ranks.world == 1 or s.step % cfg.log_every == 0  # asking each other makes ranks wait
+                halt = ask and any_rank(stopped() or stop(), ranks, device)
                 if halt or now(cfg.save_every, s):
                     guard.judge()
                     saver.save(s.step, dict(point=meter.state(), skipped=guard.skipped))
             if halt and s.step < cfg.steps:
                 saver.close()  # "saved" is said only when it is true
-                log.close()
                 raise Interrupted(f'{desc}: stopped at step {s.step} of {cfg.steps} and saved; the same command goes on from there')
-    log.close(recipe, {k: v for k, v in last.items() if k in ('loss', 'valid_loss')})
+        log.close(recipe, {k: v for k, v in last.items() if k in ('loss', 'valid_loss')})
     return last
 
 # %% ../nbs/09_train.ipynb #56d640f4

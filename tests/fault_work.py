@@ -9,6 +9,7 @@ os.environ['IN_TEST'] = '1'
 import torch
 import matplotlib.backends.backend_agg, torch.utils.tensorboard  # noqa: F401  before forking: they are slow
 import soak
+from desk import furnish
 from lm_nb import checkpoint, cli, cleaning, core, packing, poems, pretrain, sft, train, workbook  # noqa: F401
 from lm_nb.checkpoint import checkpoints, damage
 from lm_nb.core import UserError, sha256
@@ -17,41 +18,13 @@ from lm_nb.shards import Shards
 from lm_nb.tokenizer import Tokenizer
 from lm_nb.train import Interrupted, read_log
 
-INI = '''[tiny]
-text = text.txt
-instructions = ask.jsonl
-dtype = fp32
-device = cpu
-kind = bpe
-vocab_size = 330
-context = 32
-n_layer = 1
-n_head = 2
-d_model = 32
-dropout = 0.1
-batch_tokens = 160
-micro_rows = 2
-pretrain.tokens = 6400
-sft.tokens = 4800
-replay = 0.2
-valid_share = 0.1
-warmup = 2
-log_every = 1
-eval_every = 9
-sample_every = 0
-save_every = 3
-'''  # 5 rows a step in three micro-batches; 40 and 30 steps
+KEYS = {'dropout': 0.1, 'micro_rows': 2, 'pretrain.tokens': 6400, 'sft.tokens': 4800, 'replay': 0.2, 'eval_every': 9, 'sample_every': 0,
+        'save_every': 3}  # 5 rows a step in three micro-batches; 40 and 30 steps
 
 
 def desk(folder):
     "Go to a folder with a recipe, a text and instruction records"
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = [(p, t, 1800 + 10*i + j) for i, p in enumerate('Ada Bela Cora Dora Edna Fay Gail Hope Iris'.split())
-             for j, t in enumerate('林城 海门 青山 石桥 Rivertown Hillford Oakham'.split())]
-    (folder/'settings.ini').write_text(INI)
-    (folder/'text.txt').write_text(''.join(f'{p} came to {t} in {y}. {p} 在 {y} 年来到 {t}。\n' for p, t, y in facts), encoding='utf-8')
-    (folder/'ask.jsonl').write_text(''.join(json.dumps(dict(instruction=f'When did {p} come?', input=t, output=f'In {y}.')) + '\n' for p, t, y in facts))
-    os.chdir(folder)
+    os.chdir(furnish(folder, KEYS))
     return folder
 
 
@@ -345,7 +318,8 @@ def skipped(folder):
         still = [s for s in range(39) if all(map(torch.equal, seen[s], seen[s + 1]))]
         tally.add(still == [5, 6, 20], f'nobody moved in {still}')
         reports = list((folder/'run'/'pretrain').glob('bad-step-*.json'))
-        tally.add(all(l < 10 for l in losses(folder/'run'/'pretrain').values()) and len(reports) == 3, 'curve and reports')
+        told = losses(folder/'run'/'pretrain')
+        tally.add(told.keys() == set(range(1, 41)) - {6, 7, 21} and all(0 < l < 10 for l in told.values()) and len(reports) == 3, f'curve and reports: {told}')
         said = ''
         try:
             with contextlib.suppress(Interrupted), trouble('pretrain', spoil=spoil, stop=after(12)): stage('pretrain', folder/'cap', 'skip_bad=2')

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest, torch
 
 import lm_nb
+from desk import asks, facts, text
 from lm_nb.cli import main
 from lm_nb.core import read_json, root
 
@@ -37,10 +38,9 @@ def desk(tmp_path_factory):
     "A folder with the workbook's settings and a user's two files"
     folder = tmp_path_factory.mktemp('desk')
     shutil.copy(ROOT/'settings.ini', folder)
-    facts = [(p, t, y) for i, p in enumerate(PEOPLE) for j, t in enumerate(TOWNS) for y in (1800 + 10*i + j,)]
-    folder.joinpath('text.txt').write_text(''.join(f'{p} came to {t} in {y}. {p} 在 {y} 年来到 {t}。\n' for p, t, y in facts), encoding='utf-8')
-    asks = [dict(instruction=f'When did {p} come to this town?', input=t, output=f'In {y}.') for p, t, y in facts]
-    folder.joinpath('ask.json').write_text(json.dumps(asks, ensure_ascii=False), encoding='utf-8')
+    some = facts(PEOPLE, TOWNS)
+    folder.joinpath('text.txt').write_text(text(some), encoding='utf-8')
+    folder.joinpath('ask.json').write_text(json.dumps(asks(some), ensure_ascii=False), encoding='utf-8')
     return folder
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import soak
+from desk import furnish
 
 import lm_nb
 from lm_nb.core import root
@@ -13,24 +14,7 @@ from lm_nb.core import root
 HERE, PACKAGE = Path(__file__).resolve().parent, Path(lm_nb.__file__).resolve().parent.parent
 POEMS = ['春眠不覺曉，處處聞啼鳥。\n夜來風雨聲，花落知多少。', '白日依山盡，黃河入海流。\n欲窮千里目，更上一層樓。',
          'The cat sat on the mat.\n\tThe dog  sat on the cat.']
-TINY = '''[tiny]
-text = text.txt
-instructions = ask.jsonl
-dtype = fp32
-device = cpu
-kind = bpe
-vocab_size = 310
-context = 32
-n_layer = 1
-n_head = 2
-d_model = 32
-batch_tokens = 160
-pretrain.tokens = 480
-sft.tokens = 480
-valid_share = 0.1
-warmup = 1
-log_every = 1
-'''
+KEYS = {'vocab_size': 310, 'pretrain.tokens': 480, 'sft.tokens': 480, 'warmup': 1}
 
 
 @pytest.fixture(scope='module')
@@ -57,14 +41,7 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def desk(tmp_path_factory):
-    "A folder with a small recipe, a text and instruction records"
-    folder = tmp_path_factory.mktemp('desk')
-    (folder/'settings.ini').write_text(TINY)
-    facts = [(p, t, 1800 + 10*i + j) for i, p in enumerate('Ada Bela Cora Dora Edna Fay Gail'.split()) for j, t in enumerate('林城 海门 青山 Rivertown Oakham'.split())]  # noqa: E501
-    (folder/'text.txt').write_text(''.join(f'{p} came to {t} in {y}. {p} 在 {y} 年来到 {t}。\n' for p, t, y in facts), encoding='utf-8')
-    (folder/'ask.jsonl').write_text(''.join(json.dumps(dict(instruction=f'When did {p} come?', input=t, output=f'In {y}.')) + '\n' for p, t, y in facts))
-    return folder
+def desk(tmp_path_factory): return furnish(tmp_path_factory.mktemp('desk'), KEYS)
 
 
 def work(tally, kind, folder, n):

@@ -1,5 +1,5 @@
 """The loop and the two stages: what is learned, and that stopping, dividing and sharing the work change nothing"""
-import json, os, shutil, signal, subprocess, sys, time
+import os, shutil, signal, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lm_nb, lm_nb.pretrain, lm_nb.sft
+from desk import furnish
 from lm_nb.core import UserError
 from lm_nb.model import GPT, GPTConfig
 from lm_nb.optim import make_optimizers
@@ -19,29 +20,7 @@ from lm_nb.shards import IGNORE, Batch
 from lm_nb.train import Interrupted, TrainConfig, batch_nll, read_log, train, training_steps
 
 PACKAGE = Path(lm_nb.__file__).resolve().parent.parent
-INI = '''[tiny]
-text = text.txt
-instructions = ask.jsonl
-dtype = fp32
-device = cpu
-kind = bpe
-vocab_size = 330
-context = 32
-n_layer = 1
-n_head = 2
-d_model = 32
-dropout = 0.1
-batch_tokens = 160
-pretrain.tokens = 4800
-sft.tokens = 3200
-replay = 0.2
-valid_share = 0.1
-warmup = 2
-log_every = 1
-eval_every = 9
-sample_every = 9
-save_every = 0
-'''  # 5 rows a step: an odd number, so that two ranks must share unevenly
+KEYS = {'dropout': 0.1, 'pretrain.tokens': 4800, 'sft.tokens': 3200, 'replay': 0.2, 'eval_every': 9, 'sample_every': 9, 'save_every': 0}
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -55,16 +34,7 @@ def quiet():
 
 
 @pytest.fixture(scope='module')
-def desk(tmp_path_factory):
-    "A folder with a recipe, a text and instruction records"
-    folder = tmp_path_factory.mktemp('desk')
-    (folder/'settings.ini').write_text(INI)
-    facts = [(p, t, 1800 + 10*i + j) for i, p in enumerate('Ada Bela Cora Dora Edna Fay Gail Hope Iris'.split())
-             for j, t in enumerate('林城 海门 青山 石桥 Rivertown Hillford Oakham'.split())]
-    (folder/'text.txt').write_text(''.join(f'{p} came to {t} in {y}. {p} 在 {y} 年来到 {t}。\n' for p, t, y in facts), encoding='utf-8')
-    asks = [dict(instruction=f'When did {p} come?', input=t, output=f'In {y}.') for p, t, y in facts]
-    (folder/'ask.jsonl').write_text(''.join(json.dumps(a) + '\n' for a in asks))
-    return folder
+def desk(tmp_path_factory): return furnish(tmp_path_factory.mktemp('desk'), KEYS)
 
 
 @pytest.fixture

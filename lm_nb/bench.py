@@ -22,10 +22,10 @@ from typing import NamedTuple
 
 from .core import UserError, check, hardware, nearest, parse, pick_device, pick_dtype, progress
 from .microworld import articles, instructions, make_world
-from .corpus import INSTRUCTIONS, Report, read_texts, source_shape, total_bytes
+from .corpus import INSTRUCTIONS, Report, read_texts, source_shape, text_batches, total_bytes
 from .cleaning import CleanConfig, read_documents
 from .tokenizer import Tokenizer, encode_stream
-from .shards import Ahead, PretrainBatches, Shards, text_batches, write_shards
+from .shards import Ahead, PretrainBatches, Shards, write_shards
 from .instructions import encode_examples, read_instructions, to_example
 from .packing import SFTBatches
 from .model import GPT

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DataConfig', 'shares', 'Recipe', 'load_recipe', 'flat', 'run_folder', 'recorded_recipe', 'sources', 'read_part',
            'tell_report', 'apart', 'train_parts', 'documents', 'run_text', 'tokenizer_texts', 'run_tokenizer',
-           'run_shards', 'rows', 'text_batches', 'validator', 'first_words', 'continuation', 'attention_figure',
+           'run_shards', 'rows', 'pretrain_batches', 'validator', 'first_words', 'continuation', 'attention_figure',
            'depends', 'only_us', 'pretrain', 'stage_main']
 
 # %% ../nbs/12_pretrain.ipynb #144024c8
@@ -302,7 +302,7 @@ def rows(
     return stage.batch_tokens // recipe.model.context
 
 # %% ../nbs/12_pretrain.ipynb #e40db103
-def text_batches(
+def pretrain_batches(
     recipe:Recipe,
     texts:list, # of `Shards`, from `run_shards`
     n:int, # rows of a step, all ranks together
@@ -398,7 +398,7 @@ def _pretrain(recipe, run, ranks):
     seed_all(recipe.seed)
     gpt = GPT(replace(recipe.model, vocab_size=len(tok)))
     cfg, T = recipe.pretrain, recipe.model.context
-    batches = text_batches(recipe, texts, rows(recipe, cfg), recipe.seed, ranks, cfg.micro_rows)
+    batches = pretrain_batches(recipe, texts, rows(recipe, cfg), recipe.seed, ranks, cfg.micro_rows)
     validate = validator(recipe, cfg, lambda: eval_batches(held, T, 64, recipe.data.doc_mask), held.text_bytes, ranks)
     opening = first_words(held, tok)
     train(gpt, batches, cfg, run/'pretrain', validate, lambda g: continuation(g, tok, opening), ranks, 'pretrain', flat(recipe),

@@ -24,7 +24,7 @@ from .ranks import Ranks, barrier, on_first, unwrap
 from .checkpoint import load_model, save_model
 from .train import train
 from .generate import complete
-from .pretrain import Recipe, depends, flat, only_us, rows, run_shards, sources, stage_main, tell_report, text_batches, validator
+from .pretrain import Recipe, depends, flat, only_us, rows, run_shards, sources, stage_main, tell_report, pretrain_batches, validator
 
 # %% ../nbs/13_sft.ipynb #a53bc8fd
 def answer(
@@ -94,7 +94,7 @@ def sft_batches(
     n_replay = ranks.world * round(n * recipe.data.replay / ranks.world)  # each rank takes an equal share
     asked = SFTBatches(tok, run_packed(recipe, run, tok)[0], recipe.model.context, n - n_replay, recipe.seed, ranks.rank, ranks.world, cfg.micro_rows)
     if not n_replay: return asked
-    return MixedBatches(asked, text_batches(recipe, run_shards(recipe, run, tok)[0], n_replay, recipe.seed + 1, ranks, cfg.micro_rows))
+    return MixedBatches(asked, pretrain_batches(recipe, run_shards(recipe, run, tok)[0], n_replay, recipe.seed + 1, ranks, cfg.micro_rows))
 
 # %% ../nbs/13_sft.ipynb #8542db97
 def mask_figure(

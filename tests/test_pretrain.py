@@ -4,7 +4,7 @@ import pytest
 
 from lm_nb.core import UserError, read_json
 from lm_nb.pretrain import DataConfig, documents, load_recipe, pretrain, run_folder, run_shards, run_text, run_tokenizer
-from lm_nb.pretrain import shares, stage_main, text_batches, tokenizer_texts
+from lm_nb.pretrain import shares, stage_main, pretrain_batches, tokenizer_texts
 from lm_nb.sft import sft
 
 WORDS = 'river hill lantern green old stone bridge painter carpenter music winter summer market harbour tower garden'.split()
@@ -62,7 +62,7 @@ def test_weighted_sources_are_mixed_in_every_batch(tmp_path, run):
     tok = run_tokenizer(recipe, folder)
     texts, held = run_shards(recipe, folder, tok)
     assert [t.path.name for t in texts] == ['train-0', 'train-1'] and held.n_docs == 1000 - texts[0].n_docs - texts[1].n_docs
-    rows = [tok.decode(row.tolist()) for step in range(40) for b in text_batches(recipe, texts, 8, seed=0)(step) for row in b.x]
+    rows = [tok.decode(row.tolist()) for step in range(40) for b in pretrain_batches(recipe, texts, 8, seed=0)(step) for row in b.x]
     chinese = sum(any(c > '\u3000' for c in r) for r in rows)
     assert abs(chinese - len(rows)/2) <= 0.03*len(rows)
     assert len(list(tokenizer_texts(recipe, folder))) == texts[0].n_docs + texts[1].n_docs

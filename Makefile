@@ -10,27 +10,28 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check -qq install -c const
 ONE     := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help run test soak bench lab board docs readme clean
+.PHONY: help run test soak bench lab board docs readme export hooks clean
 
 help: ## this list
 	@awk -F': .*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' Makefile
 
-run: $(VENV)/.run ## train and measure a model on the embedded corpus, then chat with it (RECIPE=micro ARGS="key=value …")
+run: $(VENV)/.run ## train and measure a model on the microworld, then chat with it (RECIPE=micro ARGS="key=value …")
 	@$(BIN)/lm-nb run $(RECIPE) $(ARGS)
 
 test: $(VENV)/.dev ## every check: export, README, lint, pytest, the notebooks, the site
 	@echo "== 1/6 export: lm_nb/ is what the notebooks say"; $(BIN)/python tools/export.py
 	@echo "== 2/6 README.md is what nbs/index.ipynb says"; $(BIN)/python tools/readme.py --check
-	@echo "== 3/6 lint"; $(BIN)/ruff check --quiet --output-format concise . && echo clean
-	@echo "== 4/6 notebooks, two at a time"; $(ONE) PATH="$$PWD/$(BIN):$$PATH" $(BIN)/nbdev-test --n-workers 2 --timing
+	@echo "== 3/6 lint and types"; $(BIN)/ruff check --quiet --output-format concise . && $(BIN)/mypy
+	@echo "== 4/6 notebooks, two at a time: what they give is what they have saved"
+	@$(ONE) PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python tools/chapters.py --workers 2
 	@echo "== 5/6 documentation site"; $(BIN)/python tools/site.py
 	@echo "== 6/6 pytest, two files at a time"; $(ONE) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
-soak: $(VENV)/.dev ## the fault tests at their full counts (an hour or more); writes nbs/results/soak.json
+soak: $(VENV)/.dev ## the fault tests at their full counts (an hour or more); writes nbs/4_training/results/soak.json
 	@$(ONE) $(BIN)/python tools/soak.py $(ARGS)
 
 lab: $(VENV)/.dev ## JupyterLab on the chapters
-	@$(BIN)/jupyter trust nbs/*.ipynb >/dev/null
+	@$(BIN)/jupyter trust nbs/*.ipynb nbs/*/*.ipynb >/dev/null
 	@PATH="$$PWD/$(BIN):$$PATH" $(BIN)/jupyter lab --notebook-dir nbs
 
 bench: $(VENV)/.dev ## speed and memory on this machine, side by side
@@ -46,6 +47,12 @@ docs: $(VENV)/.dev ## build the documentation site in _docs/
 readme: $(VENV)/.dev ## write README.md and CONTRIBUTING.md from their notebooks
 	@$(BIN)/python tools/readme.py
 
+export: $(VENV)/.dev ## write the package lm_nb/ from the notebooks
+	@$(BIN)/python tools/export.py --write
+
+hooks: $(VENV)/.dev ## git hooks that keep notebooks clean and merge them by cell
+	@PATH="$$PWD/$(BIN):$$PATH" $(BIN)/nbdev-install-hooks
+
 clean: ## remove what was built; runs/, data/ and .venv stay
 	@rm -rf _docs _proc build dist .pytest_cache .ruff_cache .hypothesis
 	@find lm_nb nbs tests tools -name __pycache__ -prune -exec rm -rf {} +
@@ -53,10 +60,16 @@ clean: ## remove what was built; runs/, data/ and .venv stay
 # --- installation: a stamp file for each step, so that the next call is quick
 
 $(BIN)/python:
-	@command -v $(PYTHON) >/dev/null || { echo "make: '$(PYTHON)' was not found; install Python 3.11 to 3.13, or name one: make run PYTHON=/path/to/python3" >&2; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $$($(PYTHON) --version) is too old; Python 3.11 or newer is needed. Name another one: make run PYTHON=python3.12" >&2; exit 2; }
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "make: '$(PYTHON)' was not found; install Python 3.11 to 3.13, or name one:" \
+	    "make run PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: $$($(PYTHON) --version) is too old; Python 3.11 or newer is needed." \
+	    "Name another one: make run PYTHON=python3.12" >&2; exit 2; }
 	@echo "-- creating $(VENV) with $$($(PYTHON) --version)"
-	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "make: python could not create a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "make: python could not create a virtual environment;" \
+	    "on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 
 $(VENV)/.run: $(BIN)/python pyproject.toml constraints.txt
 	@echo "-- installing lm_nb and what it runs on into $(VENV) (minutes the first time: torch is large)"

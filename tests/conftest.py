@@ -1,5 +1,10 @@
 "What holds for all tests"
 import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # helpers that several parts share
 
 # a job started in the background ignores Ctrl-C, and so would all it starts; the tests press it
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

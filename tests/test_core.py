@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from lm_nb import core
-from lm_nb.core import UserError, atomic, check, load_config, nearest, parse, read_json, read_settings, root, sha256, write_json
+from lm_nb.core import (
+    UserError, atomic, check, compose, config_texts, nearest, parse, read_json, read_settings, root,
+    sha256, write_json)
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,15 @@ def recipes(tmp_path):
     def load(ini, name, *overrides):
         path = tmp_path/'settings.ini'
         path.write_text(ini, encoding='utf-8')
-        return load_config(Whole, name, overrides, path)
+        return compose(Whole, name, config_texts(name, overrides, path))
     return load
 
 
 # ------------------------------------------------------------------ values
 
 @given(st.integers())
-def test_whole_numbers_come_back(n): assert parse(str(n), int) == n and parse(f'{n:_}', int) == n and parse(str(n), int | None) == n
+def test_whole_numbers_come_back(n):
+    assert parse(str(n), int) == n and parse(f'{n:_}', int) == n and parse(str(n), int | None) == n
 
 
 @given(st.floats(allow_nan=False))
@@ -56,7 +59,8 @@ def test_text_comes_back(s): assert parse(s, str) == s and parse(s, str | None) 
 def test_truth_comes_back(b, spell): assert parse(spell(str(b)), bool) is b
 
 
-@given(st.sampled_from([int, float, bool, int | None, float | None, str | None]), st.text(max_size=12))
+@given(st.sampled_from([int, float, bool, int | None, float | None, str | None]),
+       st.text(max_size=12))
 @settings(max_examples=300)
 def test_any_text_is_a_value_or_a_value_error(kind, text):
     "Nothing else may escape: the command line turns a ValueError into one clear line"
@@ -77,42 +81,53 @@ def test_powers_of_ten_are_whole_numbers():
 
 
 def test_none_is_only_where_it_may_be():
-    assert parse('none', int | None) is None and parse(' ', float | None) is None and parse('none', str) == 'none'
+    assert parse('none', int | None) is None and parse(' ', float | None) is None
+    assert parse('none', str) == 'none'
     with pytest.raises(ValueError): parse('none', int)
 
 
 # ------------------------------------------------------------------ recipes
 
 def test_like_inherits_over_several_steps_and_default_is_under_all(recipes):
-    ini = '[DEFAULT]\nseed = 7\n[a]\nsteps = 1\nlr = 0.5\ntext = ä中 # not this\n[b]\nlike = a\nlr = 0.25\n[c]\nlike = b\nfast = yes\nseed = 9\n'
-    a, c = recipes(ini, 'a'), recipes(ini, 'c')
-    assert a == Whole('a', 7, 'ä中', Part(1, .5), Part(1, .5)), 'a plain key sets every part that has it'
-    assert c == Whole('c', 9, 'ä中', Part(1, .25, fast=True), Part(1, .25, fast=True)), 'the nearer recipe wins'
+    ini = ('[DEFAULT]\nseed = 7\n'
+           '[a]\nsteps = 1\nlr = 0.5\ntext = ä中 # not this\n'
+           '[b]\nlike = a\nlr = 0.25\n'
+           '[c]\nlike = b\nfast = yes\nseed = 9\n')
+    a, c = Part(1, .5), Part(1, .25, fast=True)
+    assert recipes(ini, 'a') == Whole('a', 7, 'ä中', a, a), 'a plain key sets every part with it'
+    assert recipes(ini, 'c') == Whole('c', 9, 'ä中', c, c), 'the nearer recipe wins'
 
 
 def test_the_narrower_key_wins_wherever_it_stands(recipes):
-    for ini in ('[r]\nsecond.steps = 3\nsteps = 2\n', '[r]\nsteps = 2\nsecond.steps = 3\n', '[a]\nsecond.steps = 3\n[r]\nlike = a\nsteps = 2\n'):
+    for ini in ('[r]\nsecond.steps = 3\nsteps = 2\n', '[r]\nsteps = 2\nsecond.steps = 3\n',
+                '[a]\nsecond.steps = 3\n[r]\nlike = a\nsteps = 2\n'):
         r = recipes(ini, 'r')
         assert (r.first.steps, r.second.steps) == (2, 3)
     r = recipes('[r]\nsecond.steps = 3\n', 'r', 'steps=5', 'first.steps=4')
     assert (r.first.steps, r.second.steps) == (4, 5), 'the command line replaces what the file says'
     assert recipes('[r]\nsecond.steps = 3\n', 'r', 'second.steps=5').second.steps == 5
-    assert recipes('[r]\nsteps = 3\n', 'r', 'steps=5', 'steps=6').first.steps == 6, 'the last word counts'
+    r = recipes('[r]\nsteps = 3\n', 'r', 'steps=5', 'steps=6')
+    assert r.first.steps == 6, 'the last word counts'
 
 
-def test_an_override_may_hold_an_equals_sign(recipes): assert recipes('[r]\n', 'r', 'text=a=b=c').text == 'a=b=c'
+def test_an_override_may_hold_an_equals_sign(recipes):
+    assert recipes('[r]\n', 'r', 'text=a=b=c').text == 'a=b=c'
 
 
 @pytest.mark.parametrize('ini, name, overrides, words', [
-    ('[a]\nlike = b\n[b]\nlike = c\n[c]\nlike = a\n', 'a', (), ("'like' goes round in a circle: a -> b -> c -> a",)),
+    ('[a]\nlike = b\n[b]\nlike = c\n[c]\nlike = a\n', 'a', (),
+     ("'like' goes round in a circle: a -> b -> c -> a",)),
     ('[a]\nlike = a\n', 'a', (), ('circle', 'a -> a')),
-    ('[base]\n[a]\nlike = bsae\n', 'a', (), ('settings.ini [a]', 'like = bsae', "did you mean 'base'")),
+    ('[base]\n[a]\nlike = bsae\n', 'a', (),
+     ('settings.ini [a]', 'like = bsae', "did you mean 'base'")),
     ('[base]\n', 'bas', (), ("no recipe 'bas'", "did you mean 'base'", 'there are: base')),
-    ('[r]\nstesp = 1\n', 'r', (), ('settings.ini [r]', "unknown key 'stesp'", "did you mean 'steps'")),
+    ('[r]\nstesp = 1\n', 'r', (),
+     ('settings.ini [r]', "unknown key 'stesp'", "did you mean 'steps'")),
     ('[r]\nfrist.steps = 1\n', 'r', (), ("did you mean 'first.steps'",)),
     ('[r]\nfirst.seed = 1\n', 'r', (), ("unknown key 'first.seed'",)),
     ('[r]\nname = x\n', 'r', (), ("unknown key 'name'",)),
-    ('[r]\nsteps = many\n', 'r', (), ('settings.ini [r]', 'steps = many', 'expected a whole number')),
+    ('[r]\nsteps = many\n', 'r', (),
+     ('settings.ini [r]', 'steps = many', 'expected a whole number')),
     ('[r]\n', 'r', ('lr=fast',), ('command line', 'lr = fast', 'expected a number')),
     ('[r]\n', 'r', ('limit=1.5',), ('limit = 1.5', 'expected a whole number or none')),
     ('[r]\n', 'r', ('fast=perhaps',), ('expected true or false',)),
@@ -128,19 +143,23 @@ def test_a_wrong_recipe_is_one_clear_line(recipes, ini, name, overrides, words):
 
 
 def test_a_settings_file_that_is_missing_or_not_text(tmp_path):
-    with pytest.raises(UserError, match='no such settings file'): read_settings(tmp_path/'settings.ini')
+    with pytest.raises(UserError, match='no such settings file'):
+        read_settings(tmp_path/'settings.ini')
     (tmp_path/'settings.ini').write_bytes(b'[r]\ntext = \xff\n')
-    with pytest.raises(UserError, match='settings.ini: not a settings file'): read_settings(tmp_path/'settings.ini')
+    with pytest.raises(UserError, match='settings.ini: not a settings file'):
+        read_settings(tmp_path/'settings.ini')
 
 
 def test_every_recipe_of_the_workbook_loads():
-    from lm_nb.pretrain import load_recipe
+    from lm_nb.training.recipe import load_recipe
     for name in read_settings():
         overrides = ['text=FILE'] if name == 'own' else []
         assert load_recipe(name, overrides).name == name
 
 
-def test_hints(): assert nearest('tokenzier', ['tokenizer', 'shards']) == " (did you mean 'tokenizer'?)" and nearest('xyz', ['tokenizer']) == ''
+def test_hints():
+    assert nearest('tokenzier', ['tokenizer', 'shards']) == " (did you mean 'tokenizer'?)"
+    assert nearest('xyz', ['tokenizer']) == ''
 
 
 # ------------------------------------------------------------------ where things are
@@ -156,7 +175,9 @@ def test_root_is_the_nearest_folder_above_with_settings(tmp_path, monkeypatch):
 
 
 def test_root_falls_back_on_the_package(tmp_path, monkeypatch):
-    (tmp_path/'repo').mkdir(), (tmp_path/'elsewhere').mkdir(), (tmp_path/'repo'/'settings.ini').touch()
+    (tmp_path/'repo').mkdir()
+    (tmp_path/'elsewhere').mkdir()
+    (tmp_path/'repo'/'settings.ini').touch()
     monkeypatch.chdir(tmp_path/'elsewhere')
     monkeypatch.setattr(core, '__file__', str(tmp_path/'repo'/'lm_nb'/'core.py'))
     assert root() == tmp_path/'repo'
@@ -192,13 +213,21 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path):
     path = tmp_path/'x.json'
     write_json(path, [1])
     code = ('import os, signal, sys; from lm_nb.core import atomic\n'
-            'with atomic(sys.argv[1]) as tmp: tmp.write_text("[2"); os.kill(os.getpid(), signal.SIGKILL)')
+            'with atomic(sys.argv[1]) as tmp:\n'
+            '    tmp.write_text("[2")\n'
+            '    os.kill(os.getpid(), signal.SIGKILL)\n')
     assert subprocess.run([sys.executable, '-c', code, str(path)]).returncode == -signal.SIGKILL
     assert read_json(path) == [1]
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(exclude_categories=['Cs'])),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(exclude_categories=['Cs'])), inner, max_size=3)))
+TEXT = st.text(st.characters(exclude_categories=['Cs']))
+LEAF = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT
+
+
+def nested(inner): return st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3)
+
+
+@given(st.recursive(LEAF, nested))
 @settings(max_examples=40, deadline=None)
 def test_json_comes_back(tmp_path_factory, value):
     path = tmp_path_factory.mktemp('j')/'x.json'
@@ -216,7 +245,8 @@ def test_json_that_is_none(tmp_path):
 
 def test_sha256(tmp_path):
     (tmp_path/'x').write_bytes(b'abc')
-    assert sha256(tmp_path/'x') == 'ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad'
+    known = 'ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad'
+    assert sha256(tmp_path/'x') == known
 
 
 # ------------------------------------------------------------------ hardware
@@ -228,63 +258,66 @@ def test_devices_and_formats_that_are_not_there():
         with pytest.raises(UserError, match='device = '): pick_device(name)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match='no CUDA device'): pick_device('cuda')
-    with pytest.raises(UserError, match='expected auto, bf16'): pick_dtype(torch.device('cpu'), 'fp8')
-    with pytest.raises(UserError, match='does not train on a CPU'): pick_dtype(torch.device('cpu'), 'fp16')
+    with pytest.raises(UserError, match='expected auto, bf16'):
+        pick_dtype(torch.device('cpu'), 'fp8')
+    with pytest.raises(UserError, match='does not train on a CPU'):
+        pick_dtype(torch.device('cpu'), 'fp16')
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     "A cache folder of one's own, and nothing remembered in the process"
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
-    core.cpu_dtype.cache_clear()
+    core._cpu_dtype.cache_clear()
     yield tmp_path/'cache'/'lm_nb'/'cpu_dtype.json'
-    core.cpu_dtype.cache_clear()
+    core._cpu_dtype.cache_clear()
 
 
 def test_the_measured_format_is_kept_for_the_next_process(cache, monkeypatch):
-    monkeypatch.setattr(core, 'has_bf16_unit', lambda: True)
-    first = core.cpu_dtype()
+    monkeypatch.setattr(core, '_has_bf16_unit', lambda: True)
+    first = core._cpu_dtype()
     (key, kept), = json.loads(cache.read_text()).items()
     assert first == kept in ('bf16', 'fp32') and 'torch' in key
     other = {'bf16': 'fp32', 'fp32': 'bf16'}[kept]
     cache.write_text(json.dumps({'another CPU': kept, key: other}))
-    assert core.cpu_dtype() == first, 'one process keeps to one format'
-    core.cpu_dtype.cache_clear()
-    assert core.cpu_dtype() == other, 'the next one reads what was measured'
+    assert core._cpu_dtype() == first, 'one process keeps to one format'
+    core._cpu_dtype.cache_clear()
+    assert core._cpu_dtype() == other, 'the next one reads what was measured'
 
 
 @pytest.mark.parametrize('garbage', [b'', b'[1, 2]', b'null', b'\xff', b'{"n": ', b'{}'])
 def test_a_broken_memory_is_measured_again(cache, monkeypatch, garbage):
-    monkeypatch.setattr(core, 'has_bf16_unit', lambda: True)
+    monkeypatch.setattr(core, '_has_bf16_unit', lambda: True)
     cache.parent.mkdir(parents=True)
     cache.write_bytes(garbage)
-    assert core.cpu_dtype() in json.loads(cache.read_text()).values()
+    assert core._cpu_dtype() in json.loads(cache.read_text()).values()
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(cache, monkeypatch):
-    monkeypatch.setattr(core, 'has_bf16_unit', lambda: True)
+    monkeypatch.setattr(core, '_has_bf16_unit', lambda: True)
     cache.parent.parent.mkdir()
     cache.parent.write_text('a file where the folder should be')
-    assert core.cpu_dtype() in ('bf16', 'fp32')
+    assert core._cpu_dtype() in ('bf16', 'fp32')
 
 
 def test_without_a_unit_nothing_is_measured(cache, monkeypatch):
-    monkeypatch.setattr(core, 'has_bf16_unit', lambda: False)
-    monkeypatch.setattr(core, 'faster_dtype', lambda: pytest.fail('measured'))
-    assert core.cpu_dtype() == 'fp32' and not cache.exists()
+    monkeypatch.setattr(core, '_has_bf16_unit', lambda: False)
+    monkeypatch.setattr(core, '_faster_dtype', lambda: pytest.fail('measured'))
+    assert core._cpu_dtype() == 'fp32' and not cache.exists()
 
 
 def test_measuring_leaves_random_numbers_and_gradients_alone(cache):
     import torch
     torch.manual_seed(3); want = torch.rand(2)
     torch.manual_seed(3)
-    with torch.no_grad(): core.faster_dtype(1)
+    with torch.no_grad(): core._faster_dtype(1)
     assert torch.equal(torch.rand(2), want)
 
 
 def test_bars_are_silent_under_test_and_on_other_ranks(monkeypatch, capsys):
     for key, value in (('IN_TEST', '1'), ('RANK', '1')):
-        monkeypatch.delenv('IN_TEST', raising=False), monkeypatch.delenv('RANK', raising=False)
+        monkeypatch.delenv('IN_TEST', raising=False)
+        monkeypatch.delenv('RANK', raising=False)
         monkeypatch.setenv(key, value)
         assert list(core.progress(range(3), desc='bar')) == [0, 1, 2]
         assert capsys.readouterr().err == ''
@@ -295,11 +328,15 @@ def test_bars_are_silent_under_test_and_on_other_ranks(monkeypatch, capsys):
 
 def test_the_package_and_its_help_load_nothing_heavy():
     heavy = '{"torch", "numpy", "sentencepiece", "datasets", "safetensors", "einops"}'
-    code = f'import sys, lm_nb, lm_nb.core; print(*{heavy} & set(sys.modules), len(sys.modules) < 150)'
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == 'True'
-    code = f'import sys, atexit; sys.argv = ["lm-nb", "--help"]; atexit.register(lambda: print(*{heavy} & set(sys.modules), len(sys.modules) < 200)); '\
-        'import lm_nb.cli; lm_nb.cli.main()'
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.splitlines()[-1] == 'True'
+    def loaded(code, most):
+        "What of `heavy` the code loads, and whether it loads fewer than `most` modules in all"
+        tell = f'print(*{heavy} & set(sys.modules), len(sys.modules) < {most})'
+        code = f'import sys, atexit; atexit.register(lambda: {tell}); {code}'
+        done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                              check=True)
+        return done.stdout.splitlines()[-1]
+    assert loaded('import lm_nb, lm_nb.core', 150) == 'True'
+    assert loaded('import lm_nb.cli; lm_nb.cli.main(["--help"])', 200) == 'True'
 
 
 def test_settings_keep_their_order_and_spelling(tmp_path):

@@ -1,0 +1,195 @@
+"The microworld: grammar of every sentence, names as functions, splits, determinism, damaged lists"
+import json, re, shutil
+from collections import Counter
+from itertools import chain
+
+import pytest
+
+from lm_nb.core import UserError, root, sha256
+from lm_nb.data.microworld import (
+    articles, _assign_splits, _fact_sentence, instruction_records, _load_lists, make_world,
+    _plan_article, _questions, _render, _fill_pattern, _summaries, _summary_line, _write_bilingual,
+    _translations, write_microworld)
+from random import Random
+
+SEEDS = (0, 1)
+KINDS = ('person', 'town', 'thing')
+TASKS = ('qa_zh', 'qa_en', 'translate_zh_en', 'translate_en_zh', 'summary_zh', 'summary_en')
+
+@pytest.fixture(scope='module', params=SEEDS)
+def world(request): return make_world(request.param)
+
+def everything_said(world, lang):
+    for e in world.entities:
+        for key, f in e.kind.facts.items():
+            for p in f.tell:
+                pattern, value = getattr(p, lang), getattr(e.facts[key], lang)
+                for named in (True, False): yield _fill_pattern(pattern, lang, e, value, named)
+        yield _summary_line(e, lang)
+
+def everything_asked(world, lang):
+    for e in world.entities:
+        for f in e.kind.facts.values():
+            for p in f.ask + f.ask_unseen: yield _fill_pattern(getattr(p, lang), lang, e)
+
+def test_english_is_well_formed(world):
+    for s in chain(everything_said(world, 'en'), everything_asked(world, 'en')):
+        assert s[0].isupper() and s.isascii(), s
+        assert not any(odd in s for odd in ('  ', '{', "s's")), s
+        wrong = r"(?<![-\w])([Aa] [aeiouAEIOU]|[Aa]n [^aeiouAEIOU]|([Tt]he|[Aa]n?) (the|an?)\b)"
+        assert not re.search(wrong, s), s
+    for s in everything_said(world, 'en'): assert s[-1] == '.', s
+    requests = 'Please tell me', 'Tell me', 'I would like to know'
+    for s in everything_asked(world, 'en'):
+        assert s[-1] == ('.' if s.startswith(requests) else '?'), s
+
+def test_chinese_is_well_formed(world):
+    for s in everything_said(world, 'zh'):
+        assert s[-1] == '。' and not re.search(r'[A-Za-z ,.?()？{]', s), s
+    for s in everything_asked(world, 'zh'):
+        assert s[-1] == ('。' if s.startswith(('我想知道', '说说')) else '？'), s
+        assert not re.search(r'[A-Za-z ,.?(){]', s), s
+        assert re.search('[什哪谁]|能告诉我|我想知道|说说', s), s
+
+def test_names_are_unique_and_computable(world):
+    for lang in (0, 1): assert len({e.name[lang] for e in world.entities}) == len(world.entities)
+    for kind in KINDS:
+        k = world.lists.kinds[kind]
+        for options in k.parts.values():
+            assert len({p.zh for p in options}) == len({p.en for p in options}) == len(options)
+    parts = world.lists.kinds['person'].parts.values()
+    syllable = {p.zh: p.en.lower() for options in parts for p in options}
+    letter = {v: k for k, v in syllable.items()}
+    for e in world.of('person'):
+        spoken = re.split('[ -]', e.name.en.lower())
+        assert [syllable[c] for c in e.name.zh] == spoken
+        assert ''.join(letter[s] for s in spoken) == e.name.zh
+
+def test_values_and_patterns_are_unambiguous():
+    lists = _load_lists()
+    for kind in KINDS:
+        seen = {'zh': {}, 'en': {}}
+        for key, f in lists.kinds[kind].facts.items():
+            assert len({p.zh for p in f.tell}) == len({p.en for p in f.tell}) == len(f.tell)
+            for p in f.ask + f.ask_unseen:
+                for lang in seen: assert seen[lang].setdefault(getattr(p, lang), key) == key, p
+            if isinstance(f.values, str): continue
+            assert len({v.zh for v in f.values}) == len({v.en for v in f.values}) == len(f.values)
+
+def test_every_prompt_has_one_answer(world):
+    right = {}
+    for e in world.entities:
+        rows = chain.from_iterable(
+            [*_questions(e, lang), *_translations(world, e, lang),
+             *_summaries(world, e, lang, Random(e.id), 1)] for lang in ('zh', 'en'))
+        for r in rows:
+            answer = right.setdefault((r['instruction'], r['input']), r['output'])
+            assert answer == r['output'], r
+
+def test_splits(world):
+    for kind in KINDS:
+        n = len(world.of(kind))
+        assert abs(len(world.of(kind, 'train')) - n/2) <= 2
+        assert abs(len(world.of(kind, 'valid')) - n/6) <= 1
+        learned = {(k, v) for e in world.of(kind, 'train') for k, v in e.facts.items()}
+        assert {(k, v) for e in world.of(kind) for k, v in e.facts.items()} <= learned
+    for where in (-3, -2, -1):  # family name, first and second character of the given name
+        trained = {e.name.zh[where] for e in world.of('person', 'train')}
+        assert {e.name.zh[where] for e in world.of('person')} == trained
+    rows = {split: instruction_records(world, split, 60) for split in ('train', 'valid', 'test')}
+    for a, b in (('train', 'valid'), ('train', 'test'), ('valid', 'test')):
+        assert not {r['entity'] for r in rows[a]} & {r['entity'] for r in rows[b]}
+    assert {r['wording'] for r in rows['train']} == {'seen'}
+    for split in ('valid', 'test'):
+        for task in TASKS:
+            ours = [r for r in rows[split] if r['task'] == task]
+            assert len(ours) == 60 and sum(r['wording'] == 'unseen' for r in ours) == 30
+
+def test_values_are_shared(world):
+    for kind in KINDS:
+        for key in world.lists.kinds[kind].facts:
+            counts = Counter(e.facts[key] for e in world.of(kind)).values()
+            assert min(counts) >= 2 and max(counts) - min(counts) <= 1, (kind, key, counts)
+
+def test_train_covers_rare_pieces():
+    rows = [{('x', i % 20)} for i in range(40)]
+    for seed in range(20):
+        splits = _assign_splits(rows, Random(seed))
+        assert len(set().union(*(r for r, s in zip(rows, splits) if s == 'train'))) == 20
+        assert splits.count('train') == 21
+
+def test_one_version_has_every_fact_once_in_order(world):
+    docs = articles(world, 1, True)
+    assert len(docs) == 2*len(world.entities)
+    byid = {e.id: e for e in world.entities}
+    for d in docs:
+        e = byid[d['entity']]
+        text, values = d['text'].lower(), [getattr(v, d['lang']).lower() for v in e.facts.values()]
+        for v in values: assert v in text, d
+        at = [text.index(v) for v in values]
+        if e.kind.id == 'town': assert at == sorted(at), d  # others have values that occur in names
+
+def test_parallel_halves_say_the_same(world):
+    for e in world.entities[::7]:
+        zh, en = sorted(_write_bilingual(e, Random(1)).split('\n'), key=str.isascii)
+        for v in e.facts.values(): assert (v.zh in zh) == (v.en.lower() in en.lower()), (zh, en)
+        lines = _plan_article(e, Random(2), glossed=1)
+        assert [l.gloss for l in lines][1:] == [False]*(len(lines) - 1)
+        if lines[0].gloss: assert _render(e, lines, 'zh').startswith(f'{e.name.zh}（{e.name.en}）')
+
+def test_files_repeat_to_the_byte(tmp_path):
+    how = dict(paraphrases=2, people=40, towns=20, things=10)
+    seeds = dict(a=5, b=5, c=6)
+    a, b, c = (write_microworld(tmp_path/n, seed=seed, **how) for n, seed in seeds.items())
+    for name in a:
+        assert a[name].read_bytes() == b[name].read_bytes() != c[name].read_bytes()
+        for line in a[name].read_text(encoding='utf-8').splitlines():
+            assert isinstance(json.loads(line), dict)
+    assert sorted(p.stem for p in (tmp_path/'a').iterdir()) == [
+        'cloze', 'instructions-test', 'instructions-train', 'instructions-valid', 'text']
+
+def test_tiny_worlds_work(tmp_path):
+    assert len(make_world(people=1, towns=1, things=1).of(split='train')) == 3
+    write_microworld(tmp_path/'w', people=6, towns=6, things=6, paraphrases=1)
+
+@pytest.mark.parametrize('how, says', [
+    (dict(people=0), 'people = 0'), (dict(towns=109), 'at most 108'), (dict(hubs=0), 'hubs = 0'),
+    (dict(paraphrases=0), 'paraphrases = 0')])
+def test_impossible_worlds(tmp_path, how, says):
+    with pytest.raises(UserError, match=says): write_microworld(tmp_path, **how)
+
+def test_out_is_a_file(tmp_path):
+    (tmp_path/'f').write_text('precious')
+    with pytest.raises(UserError, match='is a file'):
+        write_microworld(tmp_path/'f', people=6, towns=6, things=6)
+    assert (tmp_path/'f').read_text() == 'precious'
+
+@pytest.mark.parametrize('old, new, says', [
+    ('[name]', '[nam]', "towns.toml: no 'zh'"), ('{s}出产{v}。', '{s}出产{x}。', '出产'),
+    ('kind = "town"', 'kind = town', 'towns.toml: not a TOML file'),
+    ('丝绸 silk', '丝绸', 'towns.toml'), ('"{s} produces {v}."', '7', 'towns.toml')])
+def test_damaged_lists_are_named(tmp_path, old, new, says):
+    folder = tmp_path/'lists'
+    shutil.copytree(root()/'data'/'microworld', folder)
+    text = (folder/'towns.toml').read_text(encoding='utf-8')
+    assert old in text
+    (folder/'towns.toml').write_text(text.replace(old, new, 1), encoding='utf-8')
+    with pytest.raises(UserError) as e: make_world(folder=folder)
+    assert says in str(e.value) and '\n' not in str(e.value)
+
+def test_missing_lists_are_named(tmp_path):
+    with pytest.raises(UserError, match='people.toml: missing'): make_world(folder=tmp_path)
+
+def test_canonical_line_names_the_entity(world):
+    for e in world.entities:
+        for key in e.facts:
+            for i in range(6):
+                assert e.name.zh in _fact_sentence(e, key, 'zh', i)
+                assert e.name.en.removeprefix('the ') in _fact_sentence(e, key, 'en', i)
+
+def test_the_default_world_is_the_one_of_the_recorded_results(tmp_path):
+    "Another list or draw makes another world: change these only with the results on the site"
+    files = write_microworld(tmp_path)
+    assert {name: sha256(path)[:16] for name, path in files.items()} == {
+        'cloze': '13bf144c99363263', 'text': 'c4d350ea7a2ad4bf',
+        'train': 'aca5bb29a78ba36f', 'valid': 'd4bdf491eadf9c7b', 'test': '21bc7af57e7647f4'}

@@ -1,0 +1,448 @@
+"The tokenizer on hostile text, damaged files and odd corpora"
+import hashlib
+import os
+import random
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece as sp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lm_nb.core import UserError, root, sha256
+from lm_nb.data.tokenizer import (
+    _N_FIXED, _SPECIALS, Tokenizer, _Worker, cut_text, encode_stream, _sample_lines, show_tokens,
+    _train_model, _training_lines)
+
+POEMS = ['春眠不覺曉，處處聞啼鳥。\n夜來風雨聲，花落知多少。',
+         '白日依山盡，黃河入海流。\n欲窮千里目，更上一層樓。',
+         'The cat sat on the mat.\n\tThe dog  sat on the cat.']
+REAL = Path(os.environ.get('LM_NB_REAL_DATA', root().parent/'shared'/'data'))
+
+
+@pytest.fixture(scope='module', params=['unigram', 'bpe'])
+def tok(request): return Tokenizer.train(POEMS * 5, 310, kind=request.param)
+
+
+@pytest.fixture(scope='module')
+def uni(): return Tokenizer.train(POEMS * 5, 310)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.text(st.characters(exclude_categories=['Cs'])))
+def test_any_text_survives(tok, text):
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text
+    assert not ids or min(ids) > tok.user
+
+
+# what text is made of where it is dirty: each kind with its own traps
+SCRIPTS = {
+    'ascii': [chr(c) for c in range(128)],
+    'latin': [chr(c) for c in range(0x80, 0x250)],
+    'combining': ['e\u0301', '\u0308', 'o\u0302\u0323', '\u3099'],
+    'han': [chr(c) for c in range(0x4e00, 0x9fff, 7)],
+    'rare han': [chr(c) for c in range(0x20000, 0x2a6df, 41)],
+    'kana': [chr(c) for c in range(0x3040, 0x30ff)],
+    'hangul': [chr(c) for c in range(0xac00, 0xd7a3, 37)] + ['\u1112\u1161\u11ab'],
+    'arabic': list('مرحبا بالعالم\u064b\u0651'),
+    'hebrew': list('שלום עולם\u05b8'),
+    'devanagari': list('नमस्ते\u094d\u200d'),
+    'thai': list('สวัสดีชาวโลก'),
+    'emoji': ['👩\u200d🚀', '🇨🇳', '👍🏽', '❤\ufe0f', '🏴\U000e0067\U000e0062\U000e007f',
+              '#\ufe0f\u20e3'],
+    'direction': list('\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2069'),
+    'space': list(' \t\n\r\v\f\x1c\x85\xa0\u2003\u2028\u2029\u3000\u200b\u2060\ufeff'),
+    'control': list('\0\x01\x07\x08\x1b\x7f\x80\x9f'),
+    'wide': list('，。！？（）「」ＡＢｃ１２﹏～'),
+    'sentencepiece': list('▁▅⁇') + ['▁▁', ' ▁', '▁ ', '<0xE4>', '<unk>', ' ⁇ '],
+    'non-characters': list('\ufffe\uffff\U0001ffff\U0010ffff\ufdd0\ufffd'),
+    'private': list('\ue000\uf8ff\U000f0000'),
+}
+FORMS = [*_SPECIALS, '<|assistant|>', '<|endoftext|>', '<|im_start|>', '[INST]', '<bos>', '<eos>',
+         '\x02', '\x03']
+
+
+def fuzzed(rand):
+    "A short text out of one to three of the scripts"
+    kinds = rand.sample(sorted(SCRIPTS), rand.randint(1, 3))
+    return ''.join(rand.choice(SCRIPTS[rand.choice(kinds)]) for _ in range(rand.randint(0, 60)))
+
+
+def smuggled(rand):
+    "Something that looks like a marker, or nearly"
+    words = [rand.choice(FORMS) if rand.random() < .7 else fuzzed(rand)[:9]
+             for _ in range(rand.randint(1, 6))]
+    def twist(w):
+        match rand.randrange(8):
+            case 0: return w.upper()
+            case 1: return w.replace('<', '＜').replace('>', '＞').replace('|', '｜')
+            case 2: return '\u200b'.join(w)
+            case 3: return ''.join(f'<0x{b:02X}>' for b in w.encode())
+            case 4: return w.replace('|', '▁|') + '▁'
+            case 5: return w[:-1] + '\n' + w[-1:]
+            case _: return w
+    return rand.choice(['', ' ', '\n', '▁']).join(map(twist, words))
+
+
+def test_ten_thousand_fuzzed_texts_survive(tok):
+    rand = random.Random(1)
+    texts = [fuzzed(rand) for _ in range(10_000)]
+    rows = tok.encode_batch(texts)
+    for text, row in zip(texts, rows, strict=True): assert tok.decode(row) == text, repr(text)
+    assert {i for row in rows for i in row}.isdisjoint(range(6))
+    assert len(set(texts)) > 9_000
+
+
+def test_ten_thousand_attempts_to_smuggle_a_marker(tok):
+    rand = random.Random(2)
+    texts = [smuggled(rand) for _ in range(10_000)]
+    rows = tok.encode_batch(texts)
+    assert {i for row in rows for i in row}.isdisjoint(range(6))
+    for text, row in zip(texts, rows, strict=True): assert tok.decode(row) == text, repr(text)
+    assert sum(any(s in t for s in _SPECIALS) for t in texts) > 3_000  # the others are near misses
+
+
+@pytest.mark.parametrize('kind', SCRIPTS)
+def test_each_script_by_itself_and_in_pairs(tok, kind):
+    letters = SCRIPTS[kind]
+    texts = letters + [a + b for a in letters[:30] for b in letters[:30]] + [''.join(letters) * 3]
+    assert [tok.decode(row) for row in tok.encode_batch(texts)] == texts
+
+
+# ------------------------------------------------------------------ long texts
+
+LONG = {
+    'words': 'the cat  sat on the dog ' * 42_000,
+    'one word': 'x' * 1_000_000,
+    'poem': POEMS[0].replace('\n', '') * 15_000,
+    'spaces': ' ' * 1_000_000,
+    'newlines': '\n' * 1_000_000,
+    'bars': '▁' * 400_000,
+    'unseen': '𠀀' * 250_000,
+    'zeros': '\0' * 1_000_000,
+    'family': '👩\u200d👩\u200d👧' * 60_000,
+}
+
+
+@pytest.mark.parametrize('name', LONG)
+def test_a_megabyte_in_one_line(tok, name):
+    text = LONG[name]
+    assert len(text.encode()) >= 999_000
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text and min(ids) > tok.user
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.sampled_from('ab \n春▁'), max_size=80), st.integers(1, 12))
+def test_pieces_of_a_text(text, limit):
+    cuts = list(cut_text(text, limit))
+    assert ''.join(cuts) == text and len(cuts) <= max(1, len(text))
+    assert all(0 < len(c) <= limit for c in cuts) or cuts == ['']
+    # a cut in the middle of a word only where there was no better place
+    for left, right in pairwise(cuts):
+        if not (left.endswith('\n') or right.startswith(' ')):
+            assert len(left) == limit and '\n' not in left and ' ' not in left.lstrip(' ')
+
+
+WORDS = ['the', 'cat', 'sat', '春眠', '不覺曉', '▁', ',', '  ', '\n', '\n\n', 'dog.']
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(WORDS), min_size=20, max_size=80), st.integers(24, 60))
+def test_a_cut_at_a_space_or_newline_changes_nothing(tok, words, limit):
+    text = ' '.join(words)
+    assert [i for cut in cut_text(text, limit) for i in tok.encode(cut)] == tok.encode(text)
+
+
+def test_a_long_text_is_its_pieces(tok):
+    text = LONG['poem'] + '▁' * 9
+    pieces = list(cut_text(text))
+    assert len(pieces) > 1
+    assert tok.encode(text) == [i for row in tok.encode_batch(pieces) for i in row]
+
+
+def test_arrays_are_the_lists(tok):
+    texts = ['', '▁', *POEMS, LONG['words'][:300_000]]
+    for threads in (None, 1, 3):
+        arrays = tok.encode_arrays(texts, threads)
+        assert [a.tolist() for a in arrays] == tok.encode_batch(texts)
+        assert all(a.dtype == np.int32 for a in arrays)
+    assert tok.encode_arrays([]) == []
+
+
+def test_half_a_surrogate_pair_is_found_far_into_a_long_text(tok):
+    with pytest.raises(UserError, match=r"'\\udfff' at character 700000"):
+        tok.encode('▁' * 10 + 'a' * 699_990 + '\udfff' + 'b' * 10)
+
+
+def test_time_grows_with_the_text_and_no_faster(tok):
+    def best(text):
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            tok.encode_arrays([text])
+            times.append(time.perf_counter() - start)
+        return min(times)
+    for name in ('words', 'one word', 'poem'):
+        small, large = best(LONG[name][:len(LONG[name])//8]), best(LONG[name])
+        times = large/small
+        assert large < 8*small*4 + .05, f'{name}: 8 times the text took {times:.0f} times as long'
+        # half a megabyte a second, whatever the text: a hundred times slower than usual
+        assert large < 2, name
+
+
+# ------------------------------------------------------------------ several processes
+
+def test_a_stream_over_processes_is_the_same_stream(uni):
+    rand = random.Random(3)
+    batches = [[fuzzed(rand) for _ in range(rand.randint(1, 50))] for _ in range(40)]
+    stream = encode_stream(uni, iter(batches), workers=2)
+    for (texts, rows), batch in zip(stream, batches, strict=True):
+        assert texts == batch and [r.tolist() for r in rows] == uni.encode_batch(batch)
+
+
+def test_a_stream_does_not_run_ahead_of_its_reader(uni):
+    taken = []
+    def endless():
+        while True: taken.append(0); yield ['a', 'b']
+    stream = encode_stream(uni, endless(), workers=2)
+    for _ in range(20): next(stream)
+    assert len(taken) < 30
+    stream.close()
+
+
+def test_what_fails_in_a_worker_is_told_here(uni):
+    with pytest.raises(UserError, match='half a surrogate pair'):
+        list(encode_stream(uni, [['fine'], ['\ud800']], workers=2))
+    with pytest.raises(UserError, match='workers = 0'):
+        list(encode_stream(uni, [['fine']], workers=0))
+    with pytest.raises(RuntimeError, match='disk'):
+        def failing():
+            yield ['fine']
+            raise RuntimeError('the disk went away')
+        list(encode_stream(uni, failing(), workers=2))
+
+
+def test_a_worker_that_ends_is_one_clear_error(uni):
+    worker = _Worker(uni)
+    worker(['fine'])
+    worker.process.kill(), worker.process.wait()
+    with pytest.raises(UserError, match='a worker process has ended'): worker(['gone'])
+    worker.close()
+
+
+KILLED = """
+import itertools, sys
+import lm_nb.data.tokenizer as t
+tok = t.Tokenizer.load(sys.argv[1])
+class Known(t._Worker):
+    def __init__(self, tok):
+        super().__init__(tok)
+        print(self.process.pid, end=' ')
+t._Worker = Known
+for n, _ in enumerate(t.encode_stream(tok, itertools.repeat(['a cat ' * 9]), workers=2)):
+    if n == 9: print(flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='looks processes up in /proc')
+def test_workers_of_a_killed_process_end_too(uni, tmp_path):
+    "The script has no `if __name__ == '__main__'` and needs none"
+    uni.save(tmp_path/'t.model')
+    (tmp_path/'job.py').write_text(KILLED)
+    job = subprocess.Popen([sys.executable, tmp_path/'job.py', tmp_path/'t.model'],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    workers = [int(p) for p in job.stdout.readline().split()]
+    assert len(workers) == 2
+    job.kill(), job.wait(), job.stdout.close()
+    def alive(pid):
+        try: return Path(f'/proc/{pid}/stat').read_text().rsplit(')')[1].split()[0] != 'Z'
+        except OSError: return False
+    end = time.time() + 10
+    while any(map(alive, workers)) and time.time() < end: time.sleep(.05)
+    assert not any(map(alive, workers))
+    assert job.stderr.read() == ''  # and without a word
+    job.stderr.close()
+
+
+# ------------------------------------------------------------------ text without loss
+
+def test_every_plane_survives(tok):
+    starts = [start for start in range(0, 0x30000, 256) if not 0xd800 <= start < 0xe000]
+    texts = [''.join(map(chr, range(start, start + 256))) for start in starts]
+    rows = tok.encode_batch(texts)
+    assert [tok.decode(row) for row in rows] == texts
+    assert all(min(row) > tok.user for row in rows)
+
+
+@given(st.lists(st.sampled_from([*_SPECIALS, '▁', ' ', '<0x41>', '\n', 'a', '春', '<|', '|>'])))
+@settings(max_examples=200, deadline=None)
+def test_markers_in_text_stay_text(tok, parts):
+    text = ''.join(parts)
+    assert tok.decode(tok.encode(text)) == text
+    assert all(i > tok.user for i in tok.encode(text))
+
+
+def test_batch_equals_single(tok):
+    texts = ['', 'a', '▁▁', *POEMS, 'x' * 5000]
+    assert tok.encode_batch(texts) == [tok.encode(t) for t in texts]
+    assert tok.encode_batch(iter(texts)) == tok.encode_batch(texts)
+    assert tok.encode_batch([]) == []
+
+
+def test_half_a_surrogate_pair_is_named(tok):
+    for call in (lambda: tok.encode('ab\ud800'), lambda: tok.encode_batch(['fine', 'ab\ud800']),
+                 lambda: Tokenizer.train(['ab\ud800' * 9], 300)):
+        with pytest.raises(UserError, match=r"'\\ud800' at character 2"): call()
+
+
+def test_ids_out_of_range(tok):
+    for ids in ([len(tok)], [-1], [10**9]):
+        with pytest.raises(UserError): tok.decode(ids)
+
+
+def test_same_text_same_file(tmp_path):
+    a, b = (Tokenizer.train(iter(POEMS * 5), 310, tmp_path/f'{n}.model') for n in 'ab')
+    assert a.sha256 == b.sha256 == sha256(tmp_path/'a.model')
+    assert b.sha256 == hashlib.sha256((tmp_path/'b.model').read_bytes()).hexdigest()
+
+
+def test_plain_sentencepiece_reads_the_file(tok, tmp_path):
+    tok.save(tmp_path/'t.model')
+    plain = sp.SentencePieceProcessor(str(tmp_path/'t.model'))
+    assert [plain.encode(p) for p in POEMS] == [tok.encode(p) for p in POEMS]
+    special = plain.pad_id(), plain.unk_id(), plain.bos_id(), plain.eos_id()
+    assert special == (tok.pad, tok.unk, tok.bos, tok.eos)
+    assert [plain.id_to_piece(i) for i in range(6)] == list(_SPECIALS)
+    assert all(plain.is_control(i) for i in range(6) if i != tok.unk)
+
+
+def test_a_long_line_is_learned_from():
+    "A line of a megabyte, which the trainer itself would skip"
+    r = random.Random(0)
+    line = ' '.join(r.choice(['zebra', 'quokka', 'wombat', 'lemur']) for _ in range(170_000))
+    assert len(line.encode()) > 1_000_000
+    assert '▁quokka' in Tokenizer.train([line], 294, kind='bpe').pieces('a quokka')
+
+
+@pytest.mark.parametrize('reserved', ['▅', '▁', '\n'])
+def test_a_reserved_sign_does_not_hide_its_line(reserved):
+    tok = Tokenizer.train([f'hello{reserved}hello hello'] * 20, 272, kind='bpe')
+    assert 'hello' in tok.pieces('hello') or '▁hello' in tok.pieces(' hello')
+
+
+def test_rare_characters_are_spelled_in_bytes():
+    "More characters than ids: the frequent ones get a piece, the others stay readable"
+    many = ''.join(chr(0x4e00 + i) for i in range(2000))
+    tok = Tokenizer.train(['天地' * 500, many], 400)
+    assert tok.pieces('天') == ['天']
+    assert tok.decode(tok.encode(many)) == many
+
+
+def test_text_without_a_space_or_newline_keeps_both():
+    tok = Tokenizer.train(['春眠不覺曉'] * 3, _N_FIXED + 5)
+    assert tok.decode(tok.encode('a  b\nc ')) == 'a  b\nc '
+
+
+@pytest.mark.parametrize('kind', ['unigram', 'bpe'])
+@pytest.mark.parametrize('texts, size, says', [
+    ([], 400, 'no text'), ([''], 400, 'no text'), (['\n\n'], 400, 'no text'),
+    (['a'], 100, '264 ids'), (POEMS, 5000, 'at most'), (POEMS, 264, 'choose more')])
+def test_impossible_trainings(texts, size, says, kind):
+    with pytest.raises(UserError, match=says) as e: Tokenizer.train(texts, size, kind=kind)
+    assert '\n' not in str(e.value)
+
+
+def test_the_supported_size_is_true():
+    "The number in the message is one that works"
+    with pytest.raises(UserError) as e: Tokenizer.train(POEMS, 5000)
+    size = int(str(e.value).split('at most ')[1].split()[0])
+    assert len(Tokenizer.train(POEMS, size)) == size
+
+
+@pytest.mark.parametrize('size', [265, 266, 270, 280])
+def test_tiny_vocabularies(size):
+    tok = Tokenizer.train(POEMS * 5, size)
+    assert len(tok) == size and [tok.decode(tok.encode(p)) for p in POEMS] == POEMS
+
+
+def test_damaged_files_never_escape_as_something_else(tmp_path):
+    "Cut anywhere, a file is either refused or still a whole tokenizer"
+    proto = _train_model(list(_training_lines(POEMS * 5)), 310)
+    for size in (0, 1, 10, 100, *range(200, len(proto), len(proto)//60), len(proto) - 1):
+        (tmp_path/'cut.model').write_bytes(proto[:size])
+        try: assert len(Tokenizer.load(tmp_path/'cut.model')) <= 310
+        except UserError as e: assert 'cut.model' in str(e) and '\n' not in str(e)
+
+
+@pytest.mark.parametrize('content', [
+    b'', b'\0' * 1000, b'{"a": 1}', random.Random(0).randbytes(2000), 'text 文'.encode() * 100])
+def test_not_a_model(tmp_path, content):
+    (tmp_path/'x.model').write_bytes(content)
+    with pytest.raises(UserError, match='x.model'): Tokenizer.load(tmp_path/'x.model')
+
+
+IDS = dict(pad_id=0, unk_id=1, bos_id=2, eos_id=3)
+
+
+def foreign_model(stem, **settings):
+    "A model file trained with other settings than this package's"
+    sp.SentencePieceTrainer.train(sentence_iterator=iter(POEMS * 5), model_prefix=str(stem),
+                                  hard_vocab_limit=False, minloglevel=2, **settings)
+
+
+def test_missing_folder_and_foreign(tmp_path):
+    with pytest.raises(UserError, match='No such file'): Tokenizer.load(tmp_path/'no.model')
+    with pytest.raises(UserError, match='directory'): Tokenizer.load(tmp_path)
+    foreign_model(tmp_path/'other', vocab_size=60)
+    with pytest.raises(UserError, match='foreign'): Tokenizer.load(tmp_path/'other.model')
+
+
+def test_right_ids_but_lossy(tmp_path):
+    foreign_model(tmp_path/'lossy', vocab_size=80, **IDS, control_symbols=list(_SPECIALS[4:]))
+    with pytest.raises(UserError, match='changes text'): Tokenizer.load(tmp_path/'lossy.model')
+
+
+def test_markers_that_text_can_forge_are_refused(tmp_path):
+    foreign_model(tmp_path/'open', vocab_size=330, **IDS, byte_fallback=True,
+                  user_defined_symbols=[*_SPECIALS[4:], '\n'], normalization_rule_name='identity',
+                  add_dummy_prefix=False, remove_extra_whitespaces=False)
+    with pytest.raises(UserError, match='foreign'): Tokenizer.load(tmp_path/'open.model')
+
+
+def test_save_never_overwrites(tok, tmp_path):
+    other = Tokenizer.train(POEMS * 5, 300)
+    tok.save(tmp_path/'deep'/'t.model')
+    tok.save(tmp_path/'deep'/'t.model')
+    with pytest.raises(UserError, match='another tokenizer'): other.save(tmp_path/'deep'/'t.model')
+    assert Tokenizer.load(tmp_path/'deep'/'t.model').sha256 == tok.sha256
+    assert [p.name for p in (tmp_path/'deep').iterdir()] == ['t.model']
+
+
+@given(st.lists(st.text(max_size=20), max_size=60), st.integers(1, 200))
+def test_a_sample_is_ordered_and_within_budget(lines, budget):
+    kept = _sample_lines(lines, budget)
+    assert sum(map(len, kept)) <= budget
+    it = iter(lines)
+    assert all(any(k == line for line in it) for k in kept)
+
+
+def test_shown_text_cannot_be_html(tok):
+    page = show_tokens(tok, tok.encode('<script>alert(1)</script>'), mask=None)._repr_html_()
+    assert '<script' not in page
+    with pytest.raises(ValueError): show_tokens(['a'], [1, 2])
+
+
+@pytest.mark.skipif(not (REAL/'wiki_demo.txt').exists(),
+                    reason='needs wiki_demo.txt; set LM_NB_REAL_DATA to its folder')
+def test_real_articles_survive():
+    articles = (REAL/'wiki_demo.txt').read_text(encoding='utf-8').splitlines()
+    tok = Tokenizer.train(articles, 4096, kind='bpe')
+    assert [tok.decode(row) for row in tok.encode_batch(articles)] == articles
+    assert sum(len(a.encode()) for a in articles) / sum(map(len, tok.encode_batch(articles))) > 3

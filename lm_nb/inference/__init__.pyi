@@ -1,0 +1,29 @@
+# Written by tools/export.py from what the modules of this part export.
+from .chat import (
+    stream_text as stream_text,
+    Chat as Chat,
+    answer as answer,
+)
+from .evaluate import (
+    surprisal as surprisal,
+    heldout as heldout,
+    wilson_interval as wilson_interval,
+    Answer as Answer,
+    tally as tally,
+    exact_match as exact_match,
+    plot_scores as plot_scores,
+    cloze_match as cloze_match,
+    choice_score as choice_score,
+    evaluation as evaluation,
+    evaluations as evaluations,
+)
+from .sampling import (
+    SampleConfig as SampleConfig,
+    sample_next as sample_next,
+    eval_mode as eval_mode,
+    plain_decode as plain_decode,
+    register_decoder as register_decoder,
+    generate as generate,
+    stream as stream,
+    generate_batch as generate_batch,
+)

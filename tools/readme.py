@@ -1,59 +1,104 @@
-"""Write README.md from nbs/index.ipynb and CONTRIBUTING.md from nbs/18_contributing.ipynb:  python tools/readme.py
+"""Write README.md from nbs/index.ipynb and CONTRIBUTING.md from nbs/contributing.ipynb:
 
-Pictures among the outputs go to nbs/images/. With --check nothing is written: the exit status says whether all is up to date.
+    python tools/readme.py [--check]
+
+Prose, code and saved outputs are taken as they are; a cell with `#| echo: false` gives its output
+only, and imports are left out. So a number that a cell reads from a stored result stands in the
+README as the notebook shows it. Pictures go to nbs/images/. With --check nothing is written: the
+exit status says whether all is up to date.
 """
+import ast
 import base64
 import json
+import os
 import re
 import sys
+from html import escape, unescape
 from pathlib import Path
+from urllib.parse import unquote
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {'README.md': 'index.ipynb', 'CONTRIBUTING.md': '18_contributing.ipynb'}
+PAGES = {'README.md': 'index.ipynb', 'CONTRIBUTING.md': 'contributing.ipynb'}
+LEFT_OUT = {'hide', 'default_exp', 'export', 'code-fold'}
 
 
-def output(out, picture, files):
+def directives(source):
+    "The directives of a cell: name -> value"
+    return dict(re.findall(r'^#\|\s*([\w-]+):?[ \t]*(.*?)\s*$', source, re.M))
+
+
+def picture_words(out, options, heading):
+    "What a picture shows, in words: as the cell says, or its heading and what is written in it"
+    if alt := options.get('fig-alt'): return alt.strip('"\'')
+    data = '\n'.join(out.get('metadata', {}).get('data', []))  # as tools/chapters.py saves it
+    written = re.findall(r'^axes \w+ \w+ (\[.*\]) =', data, re.M)
+    words = [w for words in written for w in ast.literal_eval(words)]
+    return ': '.join(filter(None, [heading, ', '.join(dict.fromkeys(words))])).replace('\n', ' ')
+
+
+def output(out, picture, words, files):
     "The Markdown of one saved output; a picture goes to `files` under the name `picture`"
     data = {k: ''.join(v) for k, v in out.get('data', {}).items() if isinstance(v, str | list)}
     if 'image/png' in data:
-        files[f'nbs/images/{picture}.png'] = base64.b64decode(data['image/png'])
-        return f'![](images/{picture}.png)'
+        png = files[f'nbs/images/{picture}.png'] = base64.b64decode(data['image/png'])
+        width = int.from_bytes(png[16:20]) // 2  # drawn with two pixels for one
+        return f'<img src="images/{picture}.png" alt="{escape(words)}" width="{width}">'
     if out['output_type'] == 'stream': return '```\n' + ''.join(out['text']).rstrip() + '\n```'
     for kind in ('text/markdown', 'text/html'):
         if kind in data: return data[kind].strip()
     return '```\n' + data['text/plain'].rstrip() + '\n```' if 'text/plain' in data else ''
 
 
+def relink(text, folder):
+    "The links of a notebook in `folder` as they are seen from the repository's root"
+    def one(m):
+        path = (ROOT / folder / unquote(unescape(m[2]))).resolve()
+        known = path.exists() or path.parent == ROOT / 'nbs/images'
+        ours = known and path.is_relative_to(ROOT)
+        return f'{m[1]}{os.path.relpath(path, ROOT)}' if ours else m[0]
+    return re.sub(r'(\]\(|\b(?:src|href)=")([^)":#\s]+)(?=[#)"\s])', one, text)
+
+
 def markdown(path, files):
-    "A notebook as Markdown: prose, code that is not hidden, outputs; links as they are seen from the repository's root"
-    parts = []
+    "A notebook as Markdown; its pictures go to `files`"
+    parts, heading = [], ''
     for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
         source = ''.join(cell['source']).strip()
-        flags = set(re.findall(r'^#\|\s*(\w+)', source, re.M))
-        if not source or flags & {'hide', 'default_exp', 'export'}: continue
-        if cell['cell_type'] == 'markdown': parts.append(source)
+        options = directives(source) if cell['cell_type'] == 'code' else {}
+        if not source or LEFT_OUT & set(options): continue
+        if cell['cell_type'] == 'markdown':
+            heading = ([heading] + re.findall(r'^#+ (.+)$', source, re.M))[-1]
+            parts.append(source)
         elif cell['cell_type'] == 'code':
             code = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
-            if code and not re.search(r'^#\|\s*echo:\s*false', source, re.M): parts.append(f'```python\n{code}\n```')
-            texts = [output(out, f'{path.stem}-{cell["id"]}-{i}', files) for i, out in enumerate(cell['outputs'])]
-            parts += [text for text in texts if text]
-    text = '\n\n'.join(parts) + '\n'
-    text = re.sub(r'(\]\(|src=")\.\./', r'\1', text)                             # ../settings.ini, seen from the root
-    return re.sub(r'(\]\(|src=")(?=[\w-]+\.ipynb|images/)', r'\1nbs/', text)     # the chapters and their pictures
+            if code and options.get('echo') != 'false': parts.append(f'```python\n{code}\n```')
+            for i, out in enumerate(cell['outputs']):
+                name = f'{path.stem}-{cell["id"]}-{i}'
+                words = picture_words(out, options, heading)
+                if text := output(out, name, words, files): parts.append(text)
+    return relink('\n\n'.join(parts) + '\n', path.parent)
 
 
 def main():
     files = {}
     for name, notebook in PAGES.items():
-        if not (ROOT / 'nbs' / notebook).exists(): sys.exit(f'nbs/{notebook} is missing: {name} is made from it')
-        files[name] = markdown(ROOT / 'nbs' / notebook, files).encode()
-    stale = [name for name, data in files.items() if not (ROOT / name).exists() or (ROOT / name).read_bytes() != data]
+        path = ROOT / 'nbs' / notebook
+        if not path.exists(): sys.exit(f'nbs/{notebook} is missing: {name} is made from it')
+        files[name] = markdown(path, files).encode()
+    def agrees(name): return (ROOT / name).exists() and (ROOT / name).read_bytes() == files[name]
+    stale = [name for name in files if not agrees(name)]
+    ours = [p for notebook in PAGES.values()
+            for p in (ROOT / 'nbs/images').glob(f'{Path(notebook).stem}-*.png')]
+    left = [p for p in ours if str(p.relative_to(ROOT)) not in files]  # of cells that are gone
     if '--check' in sys.argv:
-        if stale: sys.exit(f'{", ".join(stale)}: not what the notebook says. Run `make readme` and commit the result.')
+        if stale or left:
+            names = ', '.join([*stale, *(p.name for p in left)])
+            sys.exit(f'{names}: not what the notebook says. Run `make readme`, commit the result.')
         return print(f'{" and ".join(PAGES)} are up to date')
     for name in stale:
         (ROOT / name).parent.mkdir(exist_ok=True)
         (ROOT / name).write_bytes(files[name])
+    for p in left: p.unlink()
     print(f'wrote {", ".join(stale)}' if stale else 'already up to date')
 
 

@@ -1,0 +1,334 @@
+"The tools: a chapter that shows what it no longer gives goes red; a page means what it says"
+import base64
+import copy
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(f'tools_{name}', ROOT / 'tools' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+chapters, site, readme = tool('chapters'), tool('site'), tool('readme')
+
+
+def notebook(path, *cells):
+    "Write a notebook; a cell is Markdown if it begins with a blank"
+    def cell(i, source):
+        one = dict(id=f'c{i}', metadata={}, source=source.lstrip(' '), cell_type='markdown')
+        code = dict(cell_type='code', execution_count=None, outputs=[])
+        return one if source[0] == ' ' else one | code
+    nb = dict(cells=[cell(i, source) for i, source in enumerate(cells)], nbformat=4,
+              nbformat_minor=5, metadata=dict(kernelspec=dict(name='python3', language='python')))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(nb))
+    return path
+
+
+def png(width):
+    "The beginning of a picture"
+    return base64.b64encode(bytes(16) + width.to_bytes(4) + bytes(20)).decode()
+
+
+# --- texts
+
+@pytest.mark.parametrize('saved, now', [
+    ('loss 0.4137', 'loss 0.4138'), ('loss 0.4137', 'loss 0.41372'), ('1.234e-05', '1.2341e-05'),
+    ('tensor([1., 2.])', 'tensor([1.0000, 2.0001])'), ('-0.0', '0.0'), ('nan 12', 'nan 12'),
+    ('97.5%, 1.25x, 3.001s', '97.5%, 1.251x, 3.002s'), ('损失0.4137。', '损失0.4138。'),
+    ('<f at 0x7f01aa>', '<f at 0x7f02bb>')])
+def test_last_digits_of_fractions_may_differ(saved, now): assert chapters.same(saved, now)
+
+
+@pytest.mark.parametrize('saved, now', [
+    ('97.5', '98.3'), ('97.5', '97.7'), ('1900 steps', '1901 steps'), ('1,900,000', '1,900,001'),
+    ('1.', '2.'), ('5', '5.0'), ('loss 0.4137', 'cost 0.4137'), ('0.4137', '-0.4137'),
+    ('version 2.13.0', 'version 2.13.1'), ('v2.130', 'v2.131'), ('3f2.0001', '3f2.0002'),
+    ('[1.0, 2.0]', '[1.0, 2.0, 2.0]'), ('a 1.0', 'a  1.0'), ('nan', '1.0'), ('1.0', ''),
+    ('10.0.0.1', '10.0.0.2'), ('1e-05', '1e-06')])
+def test_everything_else_is_exact(saved, now):
+    assert not chapters.same(saved, now) and chapters.difference(saved, now)
+
+
+def test_a_diff_holds_what_is_wrong_and_nothing_else():
+    lines = chapters.difference('a 0.4137\nb 7\nc', 'a 0.4138\nb 8\nc').splitlines()
+    assert [line for line in lines[3:] if line[0] in '+-'] == ['-b 7', '+b 8']
+
+
+# --- a notebook and what it has saved
+
+CELLS = ['import matplotlib.pyplot as plt\nimport os, sys, time',
+         "print('shares', 0.4137, [12, 7])\n{'loss': 1/3, 'n': 12}",
+         "fig, ax = plt.subplots()\nax.plot([0, 1, 2], [3, 1, 2])\nax.bar(['a', 'b'], [4, 5])\n"
+         "ax.set(title='a curve', xlabel='step');",
+         '#| output: varies  # seconds\ntime.time()',
+         "#| slow\nraise SystemExit('not here')",
+         '#| eval: false\n1/0',
+         "#| hide\nassert os.environ['IN_TEST'] and os.path.exists('beside.txt')",
+         ' # A text', 'object()',
+         '#| output: varies\n# the number of a process\nos.getpid()']
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    "A notebook that was saved, and what it gave in another run"
+    path = notebook(tmp_path_factory.mktemp('nbs') / '1_data/01_toy.ipynb', *CELLS)
+    (path.parent / 'beside.txt').write_text('a file beside the notebook')
+    nb = json.loads(path.read_text())
+    nb['cells'][4]['outputs'] = [dict(output_type='stream', name='stdout', text=['kept'])]
+    path.write_text(json.dumps(nb))
+    chapters.main(['--save', str(path)])
+    nb = json.loads(path.read_text())
+    return path, nb, chapters.run(path, ['slow', 'cuda'], [], 60)
+
+
+def faults(saved, change=lambda cells: None):
+    "What is wrong when the saved cells are changed: cell -> words"
+    _, nb, result = saved
+    nb = copy.deepcopy(nb)
+    change({c['id']: c for c in nb['cells']})
+    return dict(chapters.faults(nb, result))
+
+
+def test_what_was_saved_is_what_it_gives(saved, capsys):
+    path, nb, _ = saved
+    assert faults(saved) == {}
+    chapters.main([str(path)])
+    assert '1 notebooks show what they give' in capsys.readouterr().out
+    assert ''.join(nb['cells'][4]['outputs'][0]['text']) == 'kept'  # a cell that does not run
+    assert nb['cells'][1]['outputs'][1]['execution_count'] is None and nb['nbformat_minor'] == 5
+
+
+def test_a_planted_number_goes_red(saved, tmp_path, capsys):
+    def plant(cells): cells['c1']['outputs'][0]['text'] = ['shares 0.4137 [12, 8]\n']
+    assert list(faults(saved, plant)) == ['c1']
+    _, nb, _ = saved
+    nb = copy.deepcopy(nb)
+    plant({c['id']: c for c in nb['cells']})
+    path = tmp_path / 'stale.ipynb'
+    (tmp_path / 'beside.txt').touch()
+    path.write_text(json.dumps(nb))
+    with pytest.raises(SystemExit, match=f'--save {path}'): chapters.main([str(path)])
+    out = capsys.readouterr().out
+    assert 'stale.ipynb, cell c1' in out
+    assert '-shares 0.4137 [12, 8]' in out and '+shares 0.4137 [12, 7]' in out
+
+
+def test_last_digits_and_addresses_stay_green(saved):
+    def plant(cells):
+        cells['c1']['outputs'][0]['text'] = ['shares 0.4138 [12, 7]\n']
+        cells['c8']['outputs'][0]['data']['text/plain'] = ['<object at 0x7fffffff>']
+    assert faults(saved, plant) == {}
+
+
+def test_an_output_more_or_less_goes_red(saved):
+    assert 'now it gives' in faults(saved, lambda cells: cells['c1']['outputs'].pop())['c1']
+    assert 'it shows nothing' in faults(saved, lambda cells: cells['c8'].update(outputs=[]))['c8']
+    extra = dict(output_type='stream', name='stderr', text=['a warning'])
+    words = faults(saved, lambda cells: cells['c1']['outputs'].append(extra))['c1']
+    assert words.startswith('it shows stdout, stderr')
+
+
+def figure(cells): return next(o for o in cells['c2']['outputs'] if 'image/png' in o['data'])
+
+
+def test_a_picture_is_compared_by_its_data(saved):
+    def pixels(cells): figure(cells)['data']['image/png'] = 'AAAA'
+    def curve(cells):
+        data = figure(cells)['metadata']['data']
+        at = next(i for i, line in enumerate(data) if line.startswith('line') and ' y ' in line)
+        data[at] = data[at].replace('= 3 1 2', '= 3 1.5 2')
+    def title(cells):
+        data = figure(cells)['metadata']['data']
+        data[:] = [line.replace('a curve', 'another') for line in data]
+    def bar(cells): figure(cells)['metadata']['data'].pop()
+    def forget(cells): figure(cells)['metadata'].clear()
+    assert faults(saved, pixels) == {}
+    assert '1.5 is now 1 (1 of 3 numbers differ)' in faults(saved, curve)['c2']
+    assert 'another' in faults(saved, title)['c2'] and 'nothing' in faults(saved, bar)['c2']
+    assert 'without the data' in faults(saved, forget)['c2']
+
+
+def test_a_figures_data_say_what_is_drawn(saved):
+    text = '\n'.join(figure({c['id']: c for c in saved[1]['cells']})['metadata']['data'])
+    assert "axes linear linear ['a curve', 'step', 'a', 'b'] =" in text
+    assert 'line #1f77b4 y 3 = 3 1 2' in text and 'patches to y 2 = 4 5' in text
+
+
+def test_what_varies_gives_a_reason(saved):
+    def plant(cells): cells['c3']['outputs'] = cells['c9']['outputs'] = []
+    assert faults(saved, plant) == {}
+    def silent(cells): cells['c3']['source'] = '#| output: varies\ntime.time()'
+    assert 'reason' in faults(saved, silent)['c3']
+
+
+def test_an_error_names_its_cell(tmp_path, capsys):
+    path = notebook(tmp_path / 'broken.ipynb', 'x = 1', 'def f(): return x/0\nf()', 'x')
+    before = path.read_text()
+    for save in [], ['--save']:
+        with pytest.raises(SystemExit): chapters.main([*save, str(path)])
+        out = capsys.readouterr().out
+        assert 'broken.ipynb, cell c1 (number 1)' in out and 'ZeroDivisionError' in out
+        assert 'in f' in out and 'execnb' not in out
+    assert path.read_text() == before
+
+
+def test_a_process_that_dies_is_a_fault(tmp_path):
+    path = notebook(tmp_path / 'dies.ipynb', 'import os\nos._exit(3)')
+    assert 'ended with 3' in chapters.run(path, [], [], 60)['error'][1]
+
+
+def test_long_arrays_are_sampled():
+    np = pytest.importorskip('numpy')
+    long = np.sin(np.arange(5000))
+    def kept(values): return [float(v) for v in chapters.numbers(values).split()]
+    a, b, c = kept(long), kept(long + 1e-6), kept(long + .01)
+    assert len(a) == chapters.KEPT // 2 + 4 and chapters.close(a, b) and not chapters.close(a, c)
+    assert chapters.numbers([float('nan'), 1e-9, 12345.6]) == 'nan 0 12350'
+    assert chapters.numbers([]) == ''
+
+
+def test_cleaning_leaves_the_figures_data():
+    config = chapters.tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['nbdev']
+    assert {'data', 'image/png'} <= set(config['allowed_out_metadata_keys'])
+
+
+# --- the site
+
+OTHER = ['#| default_exp data.other', ' # Other\n\n> promise',
+         '#| export\nclass Codec:\n    "Text to ids"\n    def encode(self, text): return []',
+         '#| export\ndef rows(): pass\ndef answer(): pass\ndef plan(): pass\ndef micro(): pass']
+TOY = ['#| default_exp data.toy', ' # Toy\n\n> promise',
+       '#| export\nimport math\nfrom json import dumps',
+       '#| hide\nfrom lm_nb.data.other import Codec, rows, plan, micro',
+       '#| code-fold: true\nfrom lm_nb.data import other',
+       ' ## Work\n`make` makes a `Thing`, with `Codec.encode`, `rows`, `answer`, `plan`, `micro`; '
+       '[`make` it](../index.ipynb); `plan()`; `other.answer`; `dumps`; '
+       'see [there](01_other.ipynb#work).',
+       '#| export\ndef make(rows:int, # how many\n): return math.sqrt(rows)',
+       '#| export\nclass Thing: pass\nclass thing: pass\nclass work: pass',
+       'plan = make(4)\ndumps([plan, Codec().encode("a")])', ' ### Picture', '1 + 1\nplan;']
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    "The page source of a made-up chapter"
+    from fastcore.nbio import read_nb
+    nbs, package = tmp_path / 'nbs', tmp_path / 'lm_nb' / 'data'
+    notebook(nbs / 'index.ipynb', ' # Index\n\n> promise')
+    paths = [notebook(nbs / '1_data/01_other.ipynb', *OTHER),
+             notebook(nbs / '1_data/02_toy.ipynb', *TOY)]
+    nb = json.loads(paths[1].read_text())
+    nb['cells'][-1]['outputs'] = [dict(
+        output_type='display_data', data={'image/png': 'AAAA'},
+        metadata=dict(data=["axes linear linear ['loss', 'step'] = "]))]
+    paths[1].write_text(json.dumps(nb))
+    package.mkdir(parents=True)
+    (package / 'toy.py').write_text('\n\ndef make(rows): pass\nclass Thing: pass')
+    (tmp_path / 'settings.ini').write_text('[micro]\n')
+    for name, to in dict(ROOT=tmp_path, NBS=nbs, PROC=tmp_path / '_proc').items():
+        monkeypatch.setattr(site, name, to)
+    monkeypatch.chdir(ROOT)
+    site.recipes.cache_clear()
+    nbs = {p.relative_to(nbs): read_nb(p) for p in paths}
+    path = paths[1].relative_to(site.NBS)
+    yield site.stage(path, nbs[path], site.places(nbs), site.stubs())
+    site.recipes.cache_clear()
+
+
+def markdown(page): return '\n'.join(c.source for c in page.cells if c.cell_type == 'markdown')
+
+
+def test_pages_have_no_numbers():
+    assert site.page(Path('1_data/02_corpus.ipynb')) == '1_data/corpus.html'
+    assert site.page('index.ipynb') == 'index.html'
+
+
+def test_names_lead_to_what_the_page_means(page):
+    text = markdown(page)
+    found = dict(re.findall(r'\[`([^`]+)`\]\(([^)]+)\)', text))
+    assert found == {'make': '#make', 'Thing': '#Thing', 'Codec.encode': 'other.html#codec',
+                     'other.answer': 'other.html#answer'}
+    assert '[`make` it](../index.html)' in text.replace('.ipynb', '.html')
+    assert '[there](other.html#work)' in text
+
+
+def test_imports_are_shown_folded_and_run(page):
+    code = [c.source for c in page.cells if c.cell_type == 'code']
+    exported, hidden, marked = (source for source in code if 'code-fold: true' in source)
+    assert 'import math' in exported and 'Codec' in hidden and 'import other' in marked
+    assert all('code-summary' in source for source in (exported, hidden, marked))
+    shown = '\n'.join(source for source in code if 'lm_nb' not in source)
+    class Codec:
+        def encode(self, text): return []
+    exec(shown, names := dict(Codec=Codec))
+    assert names['plan'] == 2
+
+
+def test_definitions_have_places_of_their_own(page):
+    text = markdown(page)
+    assert '### `make` {#make .api-name}' in text and 'how many' in text
+    assert '{#Thing .api-name}' in text and '{#thing .api-name}' in text  # told apart
+    assert '{#def-work .api-name}' in text  # there is a heading `Work`
+    assert 'href="../source/data.toy.html#code-3"' in text
+
+
+def test_pictures_have_words(page):
+    assert page.cells[-1].source.startswith('#| fig-alt: "Picture: loss, step"')
+    cell = copy.deepcopy(page.cells[-1])
+    cell.outputs[0].metadata, cell.source = {}, 'x = 1\nplot(x)'
+    assert site.picture_words(cell, 'Curves') == 'Curves: plot(x)'
+
+
+def test_links_into_the_repository_become_pages(page):
+    (site.ROOT / 'Makefile').touch()
+    text = '[m](../../Makefile#x) [n](../../nothing) [w](https://x.org/a)'
+    there = text.replace('../../Makefile', '../source/makefile.html')
+    assert site.relink(text, Path('1_data')) == there
+    assert site.relink('<a href="02_toy.ipynb#a">', Path('1_data')) == '<a href="toy.html#a">'
+    assert site.relink('[r](1_data/02_toy.ipynb)', Path('.')) == '[r](1_data/toy.html)'
+
+
+def test_pictures_have_their_natural_size():
+    html = site.natural_size(f'<img alt="a" src="data:image/png;base64,{png(760)}" class="x">')
+    assert html.startswith('<img alt="a" width="380" src="data:image/png;base64,')
+
+
+def test_the_phones_bar():
+    bar = ('<nav class="quarto-secondary-nav"><div class="container-fluid d-flex"><button>'
+           '<i class="bi bi-layout-text-sidebar-reverse"></i></button><nav></nav></div></nav>')
+    html = site.phone_bar(bar)
+    assert html.count('type="search"') == 1 and 'bi-list' in html
+    assert 'smalldocsToggleScheme' in html and html.endswith('</a></div></nav>')
+
+
+# --- README
+
+def test_readme_is_the_notebook(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, 'ROOT', tmp_path)
+    text = ' # Title\n[one](1_data/01_one.ipynb#a) [two](../Makefile) [three](https://x.org)'
+    code = '#| code-fold: true\nimport os', '#| echo: false\nshow()', '#| hide\n1'
+    path = notebook(tmp_path / 'nbs/index.ipynb', text, *code)
+    (tmp_path / 'Makefile').touch()
+    notebook(tmp_path / 'nbs/1_data/01_one.ipynb')
+    nb = json.loads(path.read_text())
+    out = dict(output_type='display_data', metadata={})
+    row = '| 97.5 | [t](1_data/01_one.ipynb) |'
+    nb['cells'][2]['outputs'] = [out | dict(data={'text/markdown': [row]}),
+                                 out | dict(data={'image/png': png(760)})]
+    path.write_text(json.dumps(nb))
+    files = {}
+    assert readme.markdown(path, files) == (
+        '# Title\n[one](nbs/1_data/01_one.ipynb#a) [two](Makefile) [three](https://x.org)\n\n'
+        '| 97.5 | [t](nbs/1_data/01_one.ipynb) |\n\n'
+        '<img src="nbs/images/index-c2-1.png" alt="Title" width="380">\n')
+    assert list(files) == ['nbs/images/index-c2-1.png']

@@ -1,0 +1,87 @@
+"The whole job: what its results say about themselves, and that a second call does nothing again"
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from desk import furnish
+from lm_nb.core import read_json
+from lm_nb.inference.evaluate import heldout
+from lm_nb.training.recipe import load_recipe
+from lm_nb.training.run import Run
+from lm_nb.workbook import evaluate_stage, measured_on, results_table, _run_job
+
+RECORDS = sorted((Path(__file__).parent.parent/'nbs'/'results').glob('*.json'))
+KEYS = {'pretrain.tokens': 1600, 'sft.tokens': 1600, 'eval_every': 0, 'save_every': 0,
+        'instructions_test': 'ask.jsonl'}
+
+
+@pytest.fixture(scope='module')
+def job(tmp_path_factory):
+    "A run of both stages in bf16 on a CPU, and what it said"
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(furnish(tmp_path_factory.mktemp('desk'), KEYS))
+        m.setenv('IN_TEST', '1')
+        said = []
+        run = Run(load_recipe('tiny', ['dtype=bf16']), Path('run'))
+        yield run, _run_job(run, said.append), said
+
+
+def test_results_say_what_they_were_measured_on(job):
+    _, results, _ = job
+    for key in ('commit', 'lm_nb', 'torch', 'numpy', 'sentencepiece', 'name', 'date', 'threads'):
+        assert key in results['hardware'], key
+    assert re.fullmatch(r'\d{4}-\d\d-\d\d', results['hardware']['date'])
+    for stage in ('pretrain', 'sft'):
+        assert results[stage]['dtype'] == 'bf16' and results[stage]['attention']
+    line = measured_on(results)
+    assert 'dtype bf16' in line and 'not recorded' not in line.replace('commit not recorded', '')
+
+
+def test_what_was_asked_is_there_by_stage(job):
+    run, results, said = job
+    assert [k for k in results if k in ('pretrain', 'base', 'sft', 'chat')] == [
+        'pretrain', 'base', 'sft', 'chat']
+    assert results['base']['heldout']['bits_per_byte'] > 0 and results['chat']['exact']
+    assert [row[0] for row in results_table(results).rows][-1] == 'after SFT'
+    asked = len(run.records('test'))
+    assert sum(s['n'] for s in results['chat']['exact'].values()) == asked
+    lines = (run.folder/'answers.jsonl').read_text(encoding='utf-8').splitlines()
+    assert [json.loads(line)['expected'] for line in lines] == [
+        e.answer for e in run.records('test')]
+    assert said == ['corpus, tokenizer, shards', 'training: pretrain', 'measuring: base',
+                    'training: sft', 'measuring: chat']
+
+
+def test_a_second_call_measures_nothing_again(job, monkeypatch):
+    run, results, _ = job
+    before = (run.folder/'results.json').read_bytes()
+    monkeypatch.setattr('lm_nb.workbook.run_stage', lambda *a: pytest.fail('trained again'))
+    monkeypatch.setattr('lm_nb.workbook.evaluate_stage', lambda *a: pytest.fail('asked again'))
+    assert _run_job(Run.open(run.folder), lambda line: None) == results
+    assert (run.folder/'results.json').read_bytes() == before
+
+
+def test_evaluation_computes_in_the_dtype_noted_with_the_run(job, monkeypatch):
+    "Not in whatever this machine is fastest in now"
+    run, results, _ = job
+    seen = []
+    def watched(gpt, batches, text_bytes=None, context=None, ranks=None):
+        with context: seen.append(torch.is_autocast_enabled('cpu'))
+        return heldout(gpt, batches, text_bytes, run.runtime('pretrain').autocast(), ranks)
+    monkeypatch.setattr('lm_nb.training.pretrain.heldout', watched)
+    monkeypatch.setattr('lm_nb.core._cpu_dtype', lambda: 'fp32')
+    monkeypatch.setattr('lm_nb.training.run.pick_dtype', lambda *a: pytest.fail('measured anew'))
+    found = evaluate_stage(run, 'pretrain')
+    assert seen == [True] and found['heldout'] == results['base']['heldout']
+
+
+@pytest.mark.parametrize('path', RECORDS, ids=lambda p: p.stem)
+def test_every_record_says_what_it_was_made_with_or_that_it_does_not(path):
+    results = read_json(path)
+    if 'hardware' not in results: return  # counts of files: nothing was computed
+    on, line = results['hardware'], measured_on(results)
+    assert on['name'] and on['torch'] and on['date'] and on['date'] in line
+    if 'commit' not in on: assert 'lm_nb 0.1.0' in line and line.count('not recorded') >= 3

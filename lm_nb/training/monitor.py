@@ -49,6 +49,9 @@ def _peak_memory(
 ) -> float: # GiB
     "The most memory this process has used: on the GPU, or its resident size"
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path('/proc/self/status')
+    found = re.search(r'VmHWM:\s*(\d+)', status.read_text()) if status.exists() else None
+    if found: return int(found[1]) / 2**20  # since this program began: getrusage counts its parent
     try: import resource
     except ImportError: return math.nan  # not on Windows
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

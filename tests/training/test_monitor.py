@@ -71,7 +71,7 @@ a = _peak_memory(cpu)
 more = torch.ones(2**25)
 b = _peak_memory(cpu)
 del more
-print(1024 * (b - a), 0 <= 1024 * (_peak_memory(cpu) - b) < 4)
+print(1024 * (b - a), abs(1024 * (_peak_memory(cpu) - b)) < 4)
 '''
 
 

@@ -44,6 +44,12 @@ def page(path):
     return str(path.with_name(re.sub(r'^\d+[a-z]?_', '', path.stem) + '.html'))
 
 
+def only_imports(node):
+    "Whether a statement does nothing but import; types are imported under a condition"
+    guarded = isinstance(node, ast.If) and ast.unparse(node.test) == 'TYPE_CHECKING'
+    return isinstance(node, Import) or (guarded and all(isinstance(n, Import) for n in node.body))
+
+
 def flags(cell): return set(re.findall(r'^#\|\s*([\w-]+)', cell.source or '', re.M))
 
 
@@ -215,7 +221,7 @@ def document(nb, up=''):
         if any(kind.startswith('image/') for kind in kinds) and 'fig-alt' not in flag:
             words = json.dumps(picture_words(cell, heading), ensure_ascii=False)
             cell.source = f'#| fig-alt: {words}\n{cell.source}'
-        imports = nodes and all(isinstance(n, Import) for n in nodes)
+        imports = nodes and all(only_imports(n) for n in nodes)
         if imports and flag & {'export', 'hide', 'code-fold'}:
             cells.append(fold(cell, 'imports' if 'export' in flag else 'imports of the examples'))
         elif 'export' in flag: cells += documented(cell, module, anchor, up)

@@ -16,7 +16,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
 
-from ..core import UserError, check, nearest, root, write_lines
+from ..core import UserError, check, nearest, shipped, write_lines
 
 # %% ../../nbs/1_data/01_microworld.ipynb #496eb8d1
 class _Bilingual(NamedTuple):
@@ -118,10 +118,10 @@ class _Lists(NamedTuple):
 # %% ../../nbs/1_data/01_microworld.ipynb #b2a2a394
 @cache
 def _load_lists(
-    folder:Path|None=None, # where the lists are; data/microworld of the repository if not given
+    folder:Path|None=None, # where the lists are; the workbook's own if not given
 ) -> _Lists:
     "Read and check the list files of a folder"
-    folder = Path(folder or root()/'data'/'microworld')
+    folder = Path(folder or shipped('data/microworld'))
     names = 'people', 'towns', 'things'
     kinds = [_read_toml(folder/f'{name}.toml', _read_kind) for name in names]
     return _Lists({k.id: k for k in kinds}, _read_toml(folder/'tasks.toml'))
@@ -244,7 +244,7 @@ def make_world(
     towns:int=80,   # number of towns
     things:int=40,  # number of things
     hubs:int=16,    # number of towns in which people are born and things are kept
-    folder:Path|None=None, # the lists; data/microworld of the repository if not given
+    folder:Path|None=None, # the lists; the workbook's own if not given
 ) -> World:
     "Draw the names and facts of all entities"
     lists, rng = _load_lists(folder), random.Random(f'world {seed}')

@@ -19,9 +19,11 @@ from source_files import (
 
 from lm_nb.core import UserError, root
 from lm_nb.data.corpus import (
-    FORMATS, Report, _baike_text, _file_kind, _format_and_text, _json_values, as_dataset, find_files,
-    format_of, has_instructions, map_ordered, open_bytes, read_records, read_texts, source_format,
-    total_bytes)
+    FORMATS, _baike_text, _format_and_text, _json_values, as_dataset, format_of, has_instructions,
+    map_ordered, read_records, read_texts, source_format, with_counts)
+from lm_nb.data.instructions import read_instructions
+from lm_nb.data.sources import (
+    Report, _file_kind, find_files, join_sources, open_bytes, split_sources, total_bytes)
 from lm_nb.data.survey import corpus_report, survey_source
 
 DOCS = ['春眠不覺曉，處處聞啼鳥。\n夜來風雨聲，花落知多少。', 'A line, with "quotes"; and a\ttab.',
@@ -73,7 +75,8 @@ def test_examples_can_be_printed(example):
     assert str(report).encode() and report.rejected['odd'][1].isprintable()
 
 
-@pytest.mark.parametrize('example', ['<img onerror=x>', '![](http://a.b/c)', '[a](b)', '$x$', '`a`'])
+@pytest.mark.parametrize('example', ['<img onerror=x>', '![](http://a.b/c)', '[a](b)', '$x$',
+                                     '`a`'])
 def test_an_example_is_not_obeyed_as_html_or_markdown(example):
     from markdown_it import MarkdownIt
     report = Report()
@@ -220,6 +223,8 @@ def test_streams_in_a_row_and_padding(tmp_path, ending):
 def test_zip_and_rar_are_named(tmp_path):
     assert '.zip archive; unpack it' in reading_fails(tmp_path/'a.jsonl', b'PK\x03\x04....')
     assert "unknown kind of file '.rar'" in reading_fails(tmp_path/'a.rar', b'Rar!\x1a\x07')
+    for name, todo in {'a.xlsx': 'save it as .csv', 'a.doc': '.docx', 'a.zip': 'unpack'}.items():
+        assert todo in reading_fails(tmp_path/name, b'x')
     assert "unknown kind of file '.tar'" in reading_fails(tmp_path/'a.tar.gz', gzip.compress(b'x'))
     assert 'unknown kind of file' in reading_fails(tmp_path/'a.gz', gzip.compress(b'x'))
 
@@ -281,6 +286,10 @@ def test_bad_sources(tmp_path):
     assert "unknown kind of file '.png'" in reading_fails(tmp_path/'image.png', 'x')
     assert 'no source' in reading_fails(' ,')
     assert 'expected strict or replace' in reading_fails(notes, errors='ignore')
+    assert "did you mean 'blank'" in reading_fails(notes, separator='blanks')
+    assert "did you mean 'gb18030'" in reading_fails(notes, encoding='gb1803')
+    assert 'Python knows no such encoding' in reading_fails(notes, encoding='base64')
+    assert 'expected pairs' in reading_fails(notes, fields='question')
     assert "did you mean 'baike'" in reading_fails(notes, format='baikee')
     assert 'no such format of text' in reading_fails(notes, format='instruction/output')
     for odd in ('x' * 5000, 'nul\0byte', '[', '~nobody/x', '\ud800'):
@@ -312,6 +321,37 @@ def test_unreadable_file(tmp_path):
     assert 'cannot be read' in reading_fails(path)
 
 
+NAMES = st.text(st.sampled_from(' ,"\'ab/\n*'), min_size=1, max_size=6)
+
+
+@given(st.lists(NAMES, min_size=1))
+def test_sources_that_were_joined_are_split_into_the_same(names):
+    assert split_sources(join_sources(names)) == names
+
+
+def test_a_name_that_exists_does_not_hide_two_others(tmp_path, monkeypatch):
+    for name in ('a', 'b', 'a b'): put(tmp_path/name, '')
+    monkeypatch.chdir(tmp_path)
+    for names in (['a', 'b'], ['a b'], ['a b', 'a']):
+        assert split_sources(join_sources(names)) == names
+    assert split_sources("'my dir/a' \"b c\" d,e") == ['my dir/a', 'b c', 'd', 'e']
+    assert split_sources("it's  o'clock") == ["it's", "o'clock"]
+
+
+def test_blanks_in_the_name_of_a_folder(tmp_path):
+    paths = [put(tmp_path/'my dir'/f'{name} x.txt', name) for name in 'ab']
+    assert texts(join_sources(paths)) == texts(paths) == texts(tmp_path/'my dir') == ['a', 'b']
+
+
+def test_a_file_name_that_is_no_text_is_refused(tmp_path):
+    path = os.fsencode(tmp_path) + b'/\xc4\xe3.txt'
+    with open(path, 'w') as f: f.write('x\n')
+    for source in (tmp_path, os.fsdecode(path), f'{tmp_path}/*.txt'):
+        assert r'\udcc4\udce3.txt: the bytes of this name are no text' in reading_fails([source])
+        report = corpus_report([source])
+        assert report.stopped() and (str(report) + report._repr_markdown_()).encode()
+
+
 # ---- bad content
 
 NOT_UTF8 = {
@@ -333,9 +373,68 @@ def test_bytes_that_are_not_utf8(tmp_path, name):
 
 def test_hints_at_the_encoding(tmp_path):
     path = tmp_path/'a.txt'
-    assert 'perhaps GB 18030' in reading_fails(path, '青石镇的磨坊\n'.encode('gb18030'))
-    assert 'perhaps UTF-16' in reading_fails(path, '青石镇'.encode('utf-16'))
+    assert 'set encoding=gb18030' in reading_fails(path, '青石镇的磨坊\n'.encode('gb18030'))
+    assert 'set encoding=utf-16' in reading_fails(path, '青石镇'.encode('utf-16'))
+    for name in 'utf-16-le', 'utf-16-be':
+        assert f'set encoding={name}' in reading_fails(path, 'The river Ash'.encode(name))
     assert 'perhaps' not in reading_fails(path, 'café\n'.encode('latin-1'))
+
+
+@pytest.mark.parametrize('encoding', ['gb18030', 'gbk', 'utf-16', 'utf-16-le', 'utf-8', 'UTF8',
+                                      'utf_32'])
+@pytest.mark.parametrize('name', ['a.txt', 'a.txt.gz', 'a.json', 'a.jsonl', 'a.csv', 'a.tsv',
+                                  'a.md'])
+def test_files_in_another_encoding(tmp_path, name, encoding):
+    docs = ['河水清凉，', '石桥上的 "Oda"', 'a line'] * 9
+    kind = _file_kind(name)
+    content = {'.json': json.dumps(docs, ensure_ascii=False), '.jsonl': json_lines(docs), '.csv':
+               'text\n' + ''.join(f'"{d}"\n'.replace('"Oda"', '""Oda""') for d in docs),
+               '.tsv': 'text\n' + '\n'.join(docs)}.get(kind, '\n'.join(docs))
+    data = content.encode(encoding)
+    path = put(tmp_path/name, gzip.compress(data) if name.endswith('.gz') else data)
+    wanted = ['\n'.join(docs)] if kind == '.md' else docs
+    assert texts(path, encoding=encoding) == wanted
+    if encoding in ('gb18030', 'gbk'):
+        put(path, gzip.compress(data + b'\xff\n') if name.endswith('.gz') else data + b'\xff\n')
+        message = error_of(lambda: texts(path, encoding=encoding))
+        assert f'not {encoding} at byte {len(data):,}' in message and 'errors=replace' in message
+
+
+def test_a_file_of_utf8_among_others_stays_what_it_is(tmp_path):
+    put(tmp_path/'a.txt', '灰河的河水\n'.encode('gb18030'))
+    put(tmp_path/'b.txt', '灰河的河水\n')
+    put(tmp_path/'c.html', '<p>灰河的河水')
+    put(tmp_path/'d.txt', 'plain\n')
+    report = Report()
+    assert texts(tmp_path, report=report, encoding='gb18030') == ['灰河的河水'] * 3 + ['plain']
+    assert report.notes['files that are UTF-8 and not gb18030'] == 1
+
+
+def test_a_bad_place_in_another_encoding_is_counted(tmp_path):
+    report, path = Report(), put(tmp_path/'a.txt', '河水\n'.encode('gbk') + b'\xff\n')
+    assert texts(path, report=report, encoding='gbk', errors='replace') == ['河水', '\ufffd']
+    assert report.notes == {'places not gbk, replaced': 1}
+
+
+HALVES = ['{"text": "a \\ud800"}', '{"text": "a", "\\udc00": 1}', '{"text": ["a", "\\ud83d"]}',
+          '{"messages": [{"role": "\\ud800", "content": "x"}], "text": "a"}', '"\\udfff"']
+
+
+@pytest.mark.parametrize('row', HALVES)
+def test_half_of_a_surrogate_pair_passes_no_gate(tmp_path, row):
+    whole = json.dumps({'text': 'a \U0001f680'})  # a pair that is whole
+    path, report = put(tmp_path/'a.jsonl', f'{whole}\n{row}\n{whole}\n'), Report()
+    assert texts(path, report=report) == ['a \U0001f680'] * 2
+    assert list(rejected(report)) == ['half of a surrogate pair in it (errors=replace mends it)']
+    report = Report()
+    for record in read_records(path, report, errors='replace'):
+        json.dumps(record, ensure_ascii=False).encode()
+    assert report.check().kept == 3
+    assert report.notes == {'halves of surrogate pairs, replaced': 1}
+    for shown in (str, repr, Report._repr_markdown_): shown(report).encode()
+    for name in ('a.json', 'b.jsonl'):
+        content = f'[{row}]' if name == 'a.json' else row
+        assert 'half of a surrogate pair' in reading_fails(put(tmp_path/name, content))
 
 
 BROKEN = ['{"text": "torn', '{"text": }', '\0\0\0\0', '[' * 50_000, '{"n": ' + '9' * 9999 + '}',
@@ -399,6 +498,111 @@ def test_a_list_in_pieces_is_the_list(values, indent, seed):
     assert list(_json_values(pieces, 'x.json')) == values
 
 
+# ---- containers
+
+TURNS = [{'role': 'user', 'content': '?'}, {'role': 'assistant', 'content': '!'}]
+RECORD = {'messages': TURNS}
+ARTICLE = {'title': 'A', 'summary': 's', 'sections': [{'title': 'B', 'content': 'b'}] * 3}
+ROWS = [{'text': 'a'}, {'text': 'b'}]
+CONTAINERS = [ # what a file holds, its records, what is counted of the rest
+    (RECORD, [RECORD], {}), (ARTICLE, [ARTICLE], {}),
+    ({'text': 'a', 'tags': ['x', 'y']}, [{'text': 'a', 'tags': ['x', 'y']}], {}),
+    ({'text': 'a', 'data': ROWS}, [{'text': 'a', 'data': ROWS}], {'data': 2}),
+    ({'title': 'p', 'paragraphs': ['x', 'y']}, [{'title': 'p', 'paragraphs': ['x', 'y']}], {}),
+    ({'instruction': 'i', 'output': 'o', 'history': [['q', 'a']]},
+     [{'instruction': 'i', 'output': 'o', 'history': [['q', 'a']]}], {}),
+    ({'n': 2, 'rows': ROWS}, ROWS, {}),
+    ({'train': ROWS, 'test': [{'text': 't'}]}, ROWS, {'test': 1}),
+    ({'test': ROWS * 5, 'train': ROWS, 'valid': ROWS}, ROWS, {'test': 10, 'valid': 2}),
+    ({'errors': [{'line': 3}], 'rows': ROWS, 'by': ['x']}, ROWS, {'errors': 1, 'by': 1}),
+    ({'data': [RECORD, RECORD]}, [RECORD] * 2, {}),
+    ({'data': [None, {'text': 'a'}]}, [{'text': 'a'}], {}),
+    (ROWS, ROWS, {}), ([RECORD], [RECORD], {})]
+
+
+@pytest.mark.parametrize('indent', [None, 1])
+@pytest.mark.parametrize('name', ['a.json', 'a.jsonl', 'a.json.gz'])
+@pytest.mark.parametrize('value, records, counted', CONTAINERS)
+def test_containers_are_understood_first(tmp_path, value, records, counted, name, indent):
+    if name == 'a.jsonl' and indent is None and isinstance(value, dict):
+        records, counted = [value], {}  # a row of JSON Lines
+    data = json.dumps(value, indent=indent).encode()
+    path = put(tmp_path/name, gzip.compress(data) if name.endswith('.gz') else data)
+    report = Report()
+    assert list(read_records(path, report)) == records
+    found = {k.split("'")[1]: n for k, n in report.notes.items()}
+    assert found == counted and report.check().kept == len(records)
+
+
+def test_a_list_in_a_file_called_json_lines(tmp_path):
+    for content in ('[\n{"text":"a"},\n{"text":"b"},\n{"text":"c"}\n]\n',
+                    '[{"text":"a"}, {"text":"b"},\n{"text":"c"}]',
+                    '\ufeff[{"text":"a"}, {"text":"b"}, {"text":"c"}]', '{\n"text":"a"}\n{\n"text":"b"}\n{\n"text":"c"}',
+                    '\n\n[\n"a",\n"b",\n"c"]'):
+        assert texts(put(tmp_path/'a.jsonl', content)) == ['a', 'b', 'c']
+    report = Report()
+    mixed = '["a"]\n{"text": "b"}\n[{"text": "c"}]\n'  # rows, of which some are no records
+    assert texts(put(tmp_path/'a.jsonl', mixed), report=report) == ['b']
+    assert rejected(report) == {'not a record': 2}
+
+
+@pytest.mark.parametrize('record', [
+    {'title': 'T', 'content': 5}, {'title': 'T', 'content': [{'p': 'x'}]}, {'title': 5,
+        'content': 'x'},
+    {'title': 'T', 'paragraphs': [{'context': 'x', 'qas': []}]}, {'title': 'T', 'paragraphs': 'x',
+        'author': 7},
+    {'title': 'T', 'summary': 's', 'sections': [{'heading': 'h', 'body': 'b'}]},
+    {'title': 'T', 'summary': 's', 'sections': 7}, {'title': 'T', 'summary': 9,
+                                                    'sections': [{'content': 'c'}]},
+    {'title': 'T', 'wikitext': ['x', 3]}, {'text': [['a'], ['b']]}, {'completion': {'text': 'x'}}])
+def test_a_value_that_is_no_text_leaves_no_title_without_its_body(tmp_path, record):
+    report = Report()
+    path = put(tmp_path/'a.jsonl', json_lines([{'text': 'good'}, record]))
+    assert texts(path, report=report) == ['good']
+    assert [why[:22] for why in rejected(report)] == ['no text in a record of']
+
+
+def test_a_heading_is_no_document(tmp_path):
+    rows = [{'head': 'H', 'body': 'b'}, {'head': 'H', 'body': ''}, {'head': 'H', 'body': 3},
+            {'head': 'H'},
+            {'body': 'b'}, {'head': None, 'body': 'b'}]
+    report = Report()
+    assert texts(put(tmp_path/'a.jsonl', json_lines(rows)), field='head+body',
+                 report=report) == ['H\nb', 'b', 'b']
+    assert rejected(report) == {"no text in the field 'head+body'": 3}
+
+
+# ---- names of fields
+
+def test_fields_get_our_names(tmp_path):
+    put(tmp_path/'a.csv', 'Nr,the question,A\n1,what?,that\n2,why?,so\n')
+    put(tmp_path/'b.jsonl', json_lines([{'the question': 'who?', 'A': 'I', 'text': 'no'}]))
+    how = dict(fields='question="the question" answer=A')
+    for name in ('a.csv', 'b.jsonl'):
+        path, report = tmp_path/name, Report()
+        assert has_instructions(path, **how) and source_format(path, **how) == 'question/answer'
+        assert [e.answer for e in read_instructions(path, report, **how)] in (['that', 'so'], ['I'])
+        assert not report.notes
+        assert 'are instructions' in reading_fails(path, **how)
+    assert [r['answer'] for r in read_records(tmp_path, **how)] == ['that', 'so', 'I']
+    assert texts(tmp_path/'a.csv', fields='text=A') == ['that', 'so']
+    found = corpus_report(tmp_path, instructions=lambda s,
+                          **k: (e.text for e in read_instructions(s, **k)), **how)
+    assert found.total().kept == 3 and not found.stopped()
+
+
+def test_a_field_that_is_in_no_record_is_said(tmp_path):
+    path, report = put(tmp_path/'a.jsonl', json_lines([{'text': 'a'}, {'text': 'b'}])), Report()
+    assert texts(path, report=report, fields='title=head') == ['a', 'b']
+    assert report.notes == {"files without the field 'head' that fields= names": 1}
+    swapped = put(tmp_path/'b.jsonl', json_lines([{'text': 'x', 'body': 'y'}]))
+    assert texts(swapped, fields='text=body body=text') == ['y']
+    for name in 'c.txt', 'd.md':  # has no fields: they are those of other files
+        page, report = put(tmp_path/name, 'a page\n'), Report()
+        assert texts(page, report=report, fields='question=q answer=a') == ['a page']
+        assert not any('fields=' in note for note in report.notes)
+
+
 def test_records_without_text_list_their_fields(tmp_path):
     message = reading_fails(tmp_path/'a.jsonl', json_lines([{'id': 1, 'body': 'x'}] * 3))
     assert 'id, body' in message and 'field=NAME' in message
@@ -430,8 +634,147 @@ def test_ragged_table(tmp_path):
     assert example.startswith('line 3: 1 where the header has 2')
 
 
+STRAY = [ # a table, the rows that are good, the rows that are rejected
+    ('id,text\n1,a\n2,"b\n3,c\n4,d\n', ['a', 'c', 'd'], 1),
+    ('id,text\n1,a\n2,"b\n3,"c"\n4,d\n', ['a', 'c', 'd'], 1),
+    ('id,text\n1,"a\n2,"b\n3,"c"\n4,"d', ['c'], 3),
+    ('id,text\n1,"two\nlines"\n2,"b" x\n3,"say ""c"""\n', ['two\nlines', 'say "c"'], 1),
+    ('id,text\n1,6" nails\n2,b\n', ['6" nails', 'b'], 0),
+    ('id,text\n1,"a\n\nb"\n\n2,"c,""d"""\n', ['a\n\nb', 'c,"d"'], 0),
+    ('id,text\n1,a\n2,b,c\n3\n4,"x\n5,y\n', ['a', 'y'], 3)]
+
+
+@pytest.mark.parametrize('table, good, bad', STRAY)
+def test_a_stray_quotation_mark_costs_its_row(tmp_path, table, good, bad):
+    report = Report()
+    assert texts(put(tmp_path/'a.csv', table), report=report) == good
+    assert report.check().rows == len(good) + bad
+
+
+CELLS = st.text(st.sampled_from('ab "\n,;\t河'), max_size=6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(CELLS, CELLS), min_size=1), st.integers(0, 99), st.booleans())
+def test_tables_come_back_as_written_around_one_bad_row(tmp_path_factory, rows, at, all_quoted):
+    import csv
+    path = tmp_path_factory.getbasetemp()/'t.csv'
+    with open(path, 'w', newline='', encoding='utf-8') as f:
+        table = csv.writer(f, quoting=csv.QUOTE_ALL if all_quoted else csv.QUOTE_MINIMAL,
+                           lineterminator='\n')
+        table.writerow(['id', 'a', 'b'])
+        for n, row in enumerate(rows): table.writerow([n, *row])
+    report = Report()
+    found = [(r['a'], r['b']) for r in read_records(path, report)]
+    assert found == rows and not report.rejected
+    at %= len(rows)
+    with open(path, 'w', newline='', encoding='utf-8') as f:
+        table = csv.writer(f, quoting=csv.QUOTE_ALL, lineterminator='\n')
+        table.writerow(['id', 'a', 'b'])
+        for n, row in enumerate(rows):
+            if n == at: f.write('"7","never closed,x\n')
+            table.writerow([n, *row])
+    report = Report()
+    assert [(r['a'], r['b']) for r in read_records(path, report)] == rows
+    assert rejected(report) == {'broken row': 1}
+
+
+TABS = [ # a table of tabs, its texts
+    ('id\ttext\n1\t"Yes," she said.\n2\t"No."\n3\t5" nails\n',
+     ['"Yes," she said.', '"No."', '5" nails']),
+    ('id\ttext\n1\t"open\n2\tb\n', ['"open', 'b']), ('text\n"a"\n"b"\n', ['"a"', '"b"']),
+    ('id\ttext\n1\t"two\nlines"\n2\tb\n', ['two\nlines', 'b']), ('id\ttext\n1\t"a ""b"""\n',
+        ['a "b"']),
+    ('"id"\t"text"\n"1"\t"a"\n', ['a']), ('id\ttext\n1\t"a\tb"\n2\tc\n', ['a\tb', 'c'])]
+
+
+@pytest.mark.parametrize('table, good', TABS)
+def test_tables_of_tabs_as_their_writers_meant_them(tmp_path, table, good):
+    for name in ('a.tsv', 'a.tsv.gz'):
+        data = table.encode()
+        path = put(tmp_path/name, gzip.compress(data) if name.endswith('.gz') else data)
+        report = Report()
+        assert texts(path, report=report) == good and not report.rejected
+
+
+def test_headers_of_tables(tmp_path):
+    assert texts(put(tmp_path/'a.csv', 'id;text\n1;a, b\n2;"c; d"\n')) == ['a, b', 'c; d']
+    assert texts(put(tmp_path/'a.csv', 'id\ttext\n1\ta, b\n')) == ['a, b']
+    assert texts(put(tmp_path/'a.csv', '"the id","text"\n1,a\n')) == ['a']
+    assert texts(put(tmp_path/'a.csv', ',text,,\n1,a,,\n')) == ['a']  # names may be missing
+    assert "are called 'text'" in reading_fails(tmp_path/'a.csv', 'text,id,text\na,1,b\n')
+    assert 'its first line' in reading_fails(tmp_path/'a.csv', 'te"xt,"id" x\na,1\n')
+
+
+# ---- columns
+
+def test_parts_without_rows_are_noted(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+    table, report = pa.table({'text': ['a', 'b']}), Report()
+    for name, n in (('a', 2), ('b', 0), ('c', 2)):
+        pa.parquet.write_table(table[:n], tmp_path/f'{name}.parquet')
+    for name, n in (('d', 0), ('e', 2)):
+        pa.feather.write_feather(table[:n], tmp_path/f'{name}.arrow', 'uncompressed')
+    assert texts(tmp_path, report=report) == ['a', 'b'] * 3
+    assert report.notes == {'files without records': 2}
+    assert 'no records' in reading_fails(tmp_path/'b.parquet')
+    found = corpus_report(tmp_path)
+    assert not found.stopped() and len(found.surveys) == 5
+    assert corpus_report(tmp_path/'b.parquet').stopped()
+
+
+def not_utf8(rows, kind=None):
+    "An array of strings that are not all UTF-8"
+    import pyarrow as pa
+    data = pa.array(rows, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(data), data.buffers())
+
+
+@pytest.mark.parametrize('ending', ['.parquet', '.arrow'])
+def test_strings_of_columns_that_are_not_utf8(tmp_path, ending):
+    import pyarrow as pa
+    import pyarrow.feather
+    import pyarrow.parquet
+    bad = not_utf8([b'tea', b'caf\xe9', None, b'\xe6\xb2\xb3'])
+    turns = pa.StructArray.from_arrays([bad, pa.array([1, 2, 3, 4])], ['content', 'n'])
+    table = pa.table({'text': bad, 'turns': pa.ListArray.from_arrays([0, 1, 2, 3, 4], turns),
+                      'kind': bad.dictionary_encode(), 'id': [1, 2, 3, 4]})
+    path = tmp_path/f'a{ending}'
+    if ending == '.parquet': pa.parquet.write_table(table, path)
+    else: pa.feather.write_feather(table, path, 'uncompressed')
+    message = error_of(lambda: list(read_records(path)))
+    assert 'a string in it is not UTF-8' in message and 'errors=replace' in message
+    report = Report()
+    rows = list(read_records(path, report, errors='replace'))
+    assert [r['text'] for r in rows] == ['tea', 'caf\ufffd', None, '河']
+    assert rows[1] == {'text': 'caf\ufffd', 'turns': [{'content': 'caf\ufffd', 'n': 2}],
+                       'kind': 'caf\ufffd', 'id': 2}
+    assert rows[2]['turns'] == [{'content': None, 'n': 3}]
+    assert report.notes == {'places that are not UTF-8, replaced': 1} and report.check().kept == 4
+
+
+def test_a_broken_row_group_costs_its_rows(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+    r = random.Random(0)
+    docs = [r.randbytes(50).hex() for _ in range(4000)]
+    path = tmp_path/'a.parquet'
+    pa.parquet.write_table(pa.table({'text': docs}), path, row_group_size=1000, compression='gzip',
+                           use_dictionary=False)
+    whole = pa.parquet.ParquetFile(path).metadata
+    at = whole.row_group(1).column(0).data_page_offset + 2000
+    data = bytearray(path.read_bytes())
+    data[at:at + 500] = b'?' * 500
+    ticks, report = [], Report()
+    assert texts(put(path, bytes(data)), report=report,
+                 tick=ticks.append) == docs[:1000] + docs[2000:]
+    assert rejected(report) == {'broken row group': 1000} and sum(ticks) == path.stat().st_size
+    assert report.check().rejected['broken row group'][1].startswith('row group 2 of 4')
+
+
 @pytest.mark.parametrize('text', [
-    'x' * 2_000_000, '\0', 'a\0b', '\u202bمرحبا بالعالم\u202c', '👩‍🚀🏳️‍🌈', '\ud800 alone', 'שלום',
+    'x' * 2_000_000, '\0', 'a\0b', '\u202bمرحبا بالعالم\u202c', '👩‍🚀🏳️‍🌈', 'שלום',
     'x\u0085y\u2028z', '𠮷野家', 'e\u0301' * 5])
 def test_texts_of_every_kind_come_through_every_format(tmp_path, text):
     path = put(tmp_path/'a.jsonl', json.dumps({'text': text}) + '\n')
@@ -439,10 +782,9 @@ def test_texts_of_every_kind_come_through_every_format(tmp_path, text):
     assert texts(path) == texts(tmp_path/'a.json') == [text]
     stats = survey_source(path).stats
     assert stats.characters == sum(stats.scripts.values()) == len(text)
-    if '\ud800' not in text:
-        put(tmp_path/'a.txt', text + '\n')
-        put(tmp_path/'a.jsonl', json.dumps({'text': text}, ensure_ascii=False))
-        assert texts(tmp_path/'a.txt') == texts(path) == [text]
+    put(tmp_path/'a.txt', text + '\n')
+    put(tmp_path/'a.jsonl', json.dumps({'text': text}, ensure_ascii=False))
+    assert texts(tmp_path/'a.txt') == texts(path) == [text]
 
 
 def test_a_document_of_100_megabytes(tmp_path):
@@ -482,8 +824,8 @@ def test_the_report_always_adds_up(tmp_path_factory, rows):
 
 
 NAMES = ['a.txt', 'a.json', 'a.jsonl', 'a.csv', 'a.xml', 'a.txt.gz', 'a.json.zst', 'a.jsonl.bz2',
-         'a.xml.xz']
-STARTS = [b'', b'[', b'{"text": ', b'[{"text": "', b'\x1f\x8b\x08', b'<mediawiki>', b'a,b\n']
+         'a.xml.xz', 'a.md', 'a.html', 'a.docx', 'a.epub', 'a.tsv', 'a.parquet', 'a.arrow']
+STARTS = [b'', b'PK\x03\x04', b'ARROW1', b'PAR1', b'[', b'{"text": ', b'[{"text": "', b'\x1f\x8b\x08', b'<mediawiki>', b'a,b\n']
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -523,7 +865,7 @@ def test_any_bytes_give_documents_or_one_line(tmp_path_factory, data, name, star
 def test_formats(record, name, text): assert _format_and_text(record) == (name, text)
 
 
-@pytest.mark.parametrize('name', ['conversation', 'instruction/response', 'prompt/output'])
+@pytest.mark.parametrize('name', [n for n, f in FORMATS.items() if f.kind in ('question', 'chat')])
 def test_what_one_reader_takes_for_instructions_no_other_takes_for_text(tmp_path, name):
     record = dict.fromkeys(FORMATS[name].fields, 'x') | {'text': 'all of it in a template'}
     path = put(tmp_path/'a.jsonl', json_lines([record]))
@@ -554,8 +896,8 @@ def test_no_text_is_ever_the_word_none(fields):
 
 
 def test_nor_within_an_article():
-    sections = [{'title': None, 'content': None}, {'title': 'B', 'content': 4},
-                {'content': 'c', 'sections': None}, {'sections': [{'title': 'd'}]}, {'sections': 5}]
+    sections = [{'title': None, 'content': None}, {'title': 'B', 'content': []}, {},
+                {'content': 'c', 'sections': None}, {'sections': [{'title': 'd'}]}, None, '']
     assert _baike_text({'title': 'A', 'summary': None, 'sections': sections}) == 'A\nB\nc\nd'
 
 
@@ -615,6 +957,46 @@ def test_processes_change_nothing(tmp_path):
     path, reports = put(tmp_path/'a.xml', dump(pages)), (Report(), Report())
     alone, together = (texts(path, report=r, workers=w) for r, w in zip(reports, (0, 2)))
     assert alone == together and len(alone) == 257 and str(reports[0]) == str(reports[1])
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_what_was_read_ahead_and_not_used_is_in_no_report(tmp_path, workers):
+    rows = [b'{"text": "caf\xe9"}', b'torn', b'{"text": ""}', b'{"text": "b"}'] * 500
+    path = put(tmp_path/'a.jsonl', b'\n'.join(rows))
+    whole, part, formats = Report(), Report(), Counter()
+    assert len(texts(path, report=whole, errors='replace', workers=workers)) == 1000
+    stream = read_texts(path, part, formats=formats, errors='replace', workers=workers)
+    assert [next(stream) for _ in range(3)] == ['caf\ufffd', 'b', 'caf\ufffd']
+    stream.close()
+    assert part.check().rows == 5 and part.kept == 3 and formats == {'text': 4}
+    assert part.notes == {'places that are not UTF-8, replaced': 2}
+    assert whole.check().rows == 2000 and whole.notes == {
+        'places that are not UTF-8, replaced': 500}
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_what_comes_before_an_error_comes_before_it_with_processes_too(tmp_path, workers):
+    rows = [json.dumps({'text': f'{n}'}) for n in range(500)]
+    path, report, found = put(tmp_path/'a.json',
+                              '[' + ',\n'.join([*rows, 'oops']) + ']'), Report(), []
+    with pytest.raises(UserError, match='line 501: broken JSON'):
+        for text in read_texts(path, report, workers=workers): found.append(text)
+    assert len(found) == report.check().kept == 500
+
+
+def test_counts_go_with_the_items():
+    report = Report()
+    def items():
+        for n in range(5):
+            report.row()
+            if n % 2: report.reject('odd', n)
+            else: yield n
+        report.note('end')
+    pairs = list(with_counts(items(), report))
+    assert [item for item, _ in pairs] == [0, 2, 4, None] and report == Report()
+    total = Report()
+    for _, counts in pairs: total.add(counts)
+    assert total == Report(rows=5, kept=3, rejected={'odd': [2, '1']}, notes={'end': 1})
 
 
 def test_processes_take_no_more_than_they_need():

@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 import tracemalloc
+from itertools import islice
 from zlib import crc32
 
 import numpy as np
@@ -13,13 +14,14 @@ from dirty_texts import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_nb.core import UserError, root
+from lm_nb.core import UserError, root, worker_count
+from lm_nb.data import dedup
 from lm_nb.data.cleaning import CleanConfig, RuleStats, clean_text, normalize, units
-from lm_nb.data.corpus import Report
+from lm_nb.data.sources import Report
 from lm_nb.data.dedup import (
-    _Holdout, MinHashIndex, _Buckets, _detection_probability, _shingles, clean_documents,
-    datatrove_documents, datatrove_signatures, _drop_duplicates, find_contamination, held_out,
-    _jaccard, minhash, read_documents, train_valid_split, uniform_hash)
+    LeakFilter, MinHashIndex, _Buckets, _detection_probability, _drop_duplicates, _essence,
+    _Holdout, _jaccard, _shingles, clean_documents, datatrove_documents, datatrove_signatures,
+    find_contamination, held_out, minhash, read_documents, train_valid_split, uniform_hash)
 from lm_nb.data.microworld import write_microworld
 
 EXACT = CleanConfig(dedup='exact')
@@ -112,6 +114,27 @@ def test_memory_of_the_index():
     assert used/2000 < 1_200
 
 
+SIGNS = [
+    '😀😀😀', '😀😡', '？？？！', '……', '2+3=?', '2+4=?', '2-3=?', 'x^2 + y^2 = z^2',
+    'x^2 - y^2 = z^2', '1 + 1 = 2', '1 - 1 = 2', '(a∨b)∧¬c', '(a∧b)∨¬c', '---', '===', '♜♞♝',
+    '\u200b', '\u0301']
+
+
+def test_texts_of_signs_are_no_duplicates_of_each_other():
+    keep = CleanConfig(clean='none', dedup='near')
+    assert list(_drop_duplicates(SIGNS, keep)) == SIGNS
+    assert list(_drop_duplicates(SIGNS * 2, keep)) == SIGNS
+    holdout = _Holdout(SIGNS, .5, cfg=keep)
+    assert {holdout.part(text) for text in SIGNS} == {'train', 'valid'}
+
+
+@given(st.sets(st.text(st.sampled_from('+-=?！。😀😡∧∨()^1'), min_size=1, max_size=5), max_size=20))
+@settings(max_examples=200, deadline=None)
+def test_only_equal_signs_are_duplicates(texts):
+    signs = [text for text in texts if text.count('1') <= len(text)/2]
+    assert list(_drop_duplicates(signs, CleanConfig(dedup='near'))) == signs
+
+
 @pytest.mark.parametrize('text', ['', '，。', 'a', '茶', '😀', '\ud800', 'A' * 100_000])
 def test_any_text_has_a_signature(text):
     assert minhash(text).shape == (128,) and (minhash(text) == minhash(text)).all()
@@ -151,6 +174,82 @@ def test_holdout_answers_for_one_document_at_a_time():
     assert [d for d in docs if holdout.part(d) == 'train'] == train
     assert [d for d in docs if holdout.part(d) == 'valid'] == valid
     assert _Holdout(docs, .5, cfg=EXACT).part(docs[0]) in ('train', 'valid')
+
+
+# ---- copies of what is held out
+
+@pytest.mark.parametrize('held, copy', [
+    ('What is the capital of Iceland?', 'what is the  capital of Iceland'), ('2+3=?', '2 + 3 = ?'),
+    ('2+3=?', '２＋３＝？'), ('What’s tea?', "What's tea"), ('Translate: cat', 'translate “cat”.'),
+    ('茶是什么？', '茶是什么'), ('茶 是 什么?', '茶是什么？'),
+    ('写一首关于春天的诗。', '写一首关于春天的诗！'),
+    ('用Python写一个函数', '用 Python 写一个函数。'), ('Ｗｈａｔ is AI？', 'What is AI?'),
+    ('列出3种水果：', '列出 3 种水果'), ('- Name a river', 'Name a river.'),
+    ('把“你好”翻译成英文', '把「你好」翻译成英文'), ('Well-known rivers', 'well known rivers'),
+    ('Line one\nline two', 'Line one line two'), ('**Bold** claim?', 'Bold claim'),
+    ('😀 是什么', '😀是什么？')])
+def test_a_near_copy_of_a_short_prompt(held, copy):
+    for kind in 'near', 'exact', 'none':
+        for a, b in (held, copy), (copy, held):
+            assert LeakFilter([a], CleanConfig(dedup=kind)).leaked(b)
+
+
+LONG_SLOT = 'Translate the following English word into Chinese and give only the answer: '
+ZH_SLOT = '请把下面这个英文单词翻译成中文，只给出答案，不要解释，也不要重复题目：'
+OTHERS = [
+    ('2+3=?', '2+4=?'), ('2+3=?', '2-3=?'), ('2*3', '2/3'), ('3.5', '35'), ('1,2', '12'),
+    ('-3', '3'), ('50%', '50'), ('5!', '5'), ('2*(3+4)', '(2*3)+4'), ('x - y', 'x * y'),
+    ('x-y', 'x/y'), ('x<y', 'x>y'), ('2^3', '23'), ('2²', '22'),
+    ('Translate: cat', 'Translate: car'), ('the rapist', 'therapist'), ('C++', 'C#'), ('C#', 'C'),
+    ('What is the capital of Iceland?', 'What is the capital of Ireland?'), ('12:30', '1:230'),
+    ('Who wrote Hamlet?', 'Who wrote Macbeth?'), ('?', '!'), ('😀', '😡'), ('。', '？'),
+    ('[1, 2]', '[12]'), ('翻译：猫', '翻译：狗'), ('茶是什么？', '水是什么？'),
+    ('张三打了李四', '李四打了张三'), ('3×4等于几', '3+4等于几'),
+    ('把“你好”翻译成英文', '把“您好”翻译成英文'), ('写一首关于春天的诗', '写一首关于秋天的诗'),
+    ('第1章', '第11章'),
+    (LONG_SLOT + 'cat', LONG_SLOT + 'car'), (ZH_SLOT + 'cat', ZH_SLOT + 'car'),
+    ('Tom has 3 apples and buys 4 more. How many?', 'Tom has 3 apples and buys 5 more. How many?')]
+
+
+@pytest.mark.parametrize('a, b', OTHERS)
+def test_another_prompt(a, b):
+    for held, text in (a, b), (b, a): assert not LeakFilter([held]).leaked(text)
+    others = [text for pair in OTHERS for text in pair if text not in (a, b)]
+    assert not LeakFilter([a]).leaked(b) and not LeakFilter(set(others)).leaked('Another one: ' + a)
+
+
+@pytest.mark.parametrize('kind, gap', [('zh', ''), ('en', ' ')])
+def test_longer_prompts_may_be_edited_and_templates_are_no_copies(kind, gap):
+    rng = random.Random(0)
+    row = random_units(kind, rng, 120)
+    edited = gap.join([*row[:60], *random_units(kind, rng, 1), *row[61:]])
+    assert LeakFilter([gap.join(row)]).leaked(edited)
+    assert not LeakFilter([gap.join(row)], EXACT).leaked(edited)
+    slots = random_units(kind, rng, 12)
+    prompts = [gap.join([*row, slot]) for slot in slots]
+    filled = LeakFilter(prompts[:6])
+    assert [filled.leaked(p) for p in prompts] == [True]*6 + [False]*6
+
+
+def test_documents_are_compared_whatever_their_length():
+    short = ARTICLE[:40]
+    near = short.replace('。', '') + '。'
+    assert LeakFilter([short + '甲乙丙'], documents=True).leaked(short + '甲乙丁')
+    assert not LeakFilter([short + '甲乙丙']).leaked(short + '甲乙丁')
+    assert LeakFilter([short], EXACT, documents=True).leaked(near)
+    pairs = near_duplicates('zh', 60, .02)
+    held, index = LeakFilter([a for a, _ in pairs], documents=True), MinHashIndex()
+    for a, _ in pairs: index.add(minhash(a))
+    for _, b in pairs: assert held.leaked(b) == (index.find(minhash(b)) is not None)
+    assert not LeakFilter([]).leaked(short) and LeakFilter(['\ud800']).leaked('\ud800')
+
+
+@given(st.text(st.characters(exclude_categories=[]), min_size=1, max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_what_counts_of_a_prompt(text):
+    once = _essence(text)
+    assert LeakFilter([text]).leaked(text) and _essence(f' {text}\n') == once
+    assert [c for c in once if c.isspace()] == [' '] * once.count(' ') and once == once.strip()
 
 
 # ---- questions in training text
@@ -235,6 +334,17 @@ def test_the_number_of_processes_changes_nothing():
     assert results[0] == results[1] and adds_up(results[0][1]) and len(results[0][0]) == 60
 
 
+def test_there_are_no_more_processes_than_cores(monkeypatch, capsys):
+    asked, cores = [], worker_count(10**6)
+
+    def map_here(function, items, workers, n):
+        asked.append(workers)
+        yield from ((item, function(item)) for item in items)
+    monkeypatch.setattr(dedup, 'map_ordered', map_here)
+    assert list(clean_documents([ARTICLE], CleanConfig(clean_workers=1000))) == [ARTICLE]
+    assert asked == [cores] and 'clean_workers = 1000' in capsys.readouterr().err
+
+
 def test_processes_do_not_read_ahead_without_end_and_stop_when_told():
     taken = []
 
@@ -251,6 +361,34 @@ def test_processes_do_not_read_ahead_without_end_and_stop_when_told():
         raise UserError('the file ended')
     with pytest.raises(UserError, match='^the file ended$'):
         list(clean_documents(failing(), CleanConfig(clean_workers=1)))
+
+
+@pytest.mark.parametrize('stop', [0, 1, 7, 40, 10_000])
+def test_what_is_read_ahead_is_in_no_report(tmp_path, stop):
+    lines = [json.dumps({'text': f'{a}\n点击查看更多'}, ensure_ascii=False)
+             for a, _ in near_duplicates('zh', 40, 0)]
+    lines = [line for text in lines for line in (text, '{broken', '{"text": "短"}', '{"text": 3}')]
+    (tmp_path/'a.jsonl').write_text('\n'.join(lines), encoding='utf-8')
+    results = []
+    for workers in (0, 2):
+        report, stats, cfg = Report(), RuleStats(), CleanConfig(clean_workers=workers)
+        stream = read_documents(tmp_path/'a.jsonl', cfg, report, stats=stats)
+        out = list(islice(stream, stop))
+        results.append((out, report.check(), stats, report.kept))
+    assert results[0] == results[1] and report.kept == len(out) == min(stop, 40)
+    assert stop == 10_000 or report.rows <= 4*stop
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_source_that_breaks_off_gives_what_came_before(tmp_path, workers):
+    texts = [a for a, _ in near_duplicates('zh', 5, 0)]
+    whole = json.dumps([{'text': t} for t in [*texts, 'x']], ensure_ascii=False)
+    (tmp_path/'a.json').write_text(whole[:-1], encoding='utf-8')
+    report, out = Report(), []
+    with pytest.raises(UserError, match='cut off'):
+        cfg = CleanConfig(clean_workers=workers)
+        for text in read_documents(tmp_path/'a.json', cfg, report): out.append(text)
+    assert out == texts and report.check().rows == 6 and report.kept == 5
 
 
 # ---- hostile texts

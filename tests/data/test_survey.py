@@ -6,15 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from source_files import NEEDS_REAL, REAL, json_lines, put
 
-from lm_nb.core import root
+from lm_nb.core import UserError, root
 from lm_nb.data.survey import (
-    _SCRIPTS, _CorpusReport, _Survey, _count_scripts, corpus_report, survey_source)
+    _SCRIPTS, _CorpusReport, _Survey, count_scripts, corpus_report, survey_source)
 
 POEMS = root()/'data'/'downloads'/'poems'
 
 
 @given(st.text())
-def test_every_character_has_a_script(text): assert sum(_count_scripts(text).values()) == len(text)
+def test_every_character_has_a_script(text): assert sum(count_scripts(text).values()) == len(text)
 
 
 def test_the_table_of_scripts_is_in_order():
@@ -58,3 +58,46 @@ def test_the_poems_add_up():
     found = survey_source(POEMS/'tang-valid.jsonl')
     assert found.report.check().rows == found.stats.documents > 1000 and not found.stopped
     assert found.stats.mainly.most_common(1)[0][0] == 'Han'
+
+
+def test_one_file_that_cannot_be_read_does_not_hide_the_others(tmp_path):
+    put(tmp_path/'a.jsonl', '{"text": "a"}\n')
+    put(tmp_path/'b.jsonl.gz', b'no archive')
+    put(tmp_path/'c.txt', b'caf\xe9\n')
+    put(tmp_path/'d.jsonl', '{"text": "d"}\n')
+    put(tmp_path/'e.txt', '')
+    put(tmp_path/'f.pdf', '')
+    report = corpus_report([tmp_path, tmp_path/'nothing.txt'])
+    assert list(report.stopped()) == [str(tmp_path/name) for name in ('b.jsonl.gz', 'c.txt',
+        'nothing.txt')]
+    total = report.total()
+    assert total.rows == total.kept == 2 and total.notes == {
+        'files skipped: .pdf is not read': 1, 'sources that could not be read to their end': 3}
+    for part in 'c.txt', 'nothing.txt: no such file', '.pdf is not read': assert part in str(report)
+    assert 'nothing.txt' in report._repr_markdown_()
+    assert not corpus_report(tmp_path/'c.txt', encoding='latin-1').stopped()
+    with pytest.raises(UserError, match='encoding = latin-99'):
+        corpus_report(tmp_path, encoding='latin-99')
+
+
+def test_the_command_ends_with_an_error_where_a_file_cannot_be_read(tmp_path, capsys):
+    from lm_nb.cli import main
+    put(tmp_path/'a.csv', 'question;reply\nwhat?;that\n')
+    put(tmp_path/'b.txt', b'caf\xe9\n')
+    words, keys = ['corpus', 'report', str(tmp_path/'a.csv')], ['fields=answer=reply', 'clean=none']
+    assert not main([*words, *keys])
+    assert 'question/answer 1' in capsys.readouterr().out
+    assert main([*words, str(tmp_path/'b.txt'), *keys]) != 0
+    out, err = capsys.readouterr()
+    assert 'question/answer 1' in out and f'{tmp_path}/b.txt: not UTF-8 at byte 3' in err
+
+
+def test_many_sources_are_a_line_each_and_one_sum(tmp_path):
+    for i in range(12): put(tmp_path/f'{i:02}.md', f'第{i}页。\n' if i % 2 else f'Page {i}.\n')
+    report = corpus_report(tmp_path)
+    lines = str(report).splitlines()
+    assert len(lines) < 40 and sum('.md' in line for line in lines) == 12
+    whole = report.whole()
+    assert whole.stats.documents == 12 and set(whole.stats.mainly) == {'Han', 'Latin'}
+    assert whole.size == sum(p.stat().st_size for p in tmp_path.iterdir())
+    assert len(whole.stats.lengths) == 12 and 'characters by script' in str(report)

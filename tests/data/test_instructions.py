@@ -1,16 +1,18 @@
 """Reading of instructions in every make of record, and their rows under every length"""
 import bz2, csv, json, random
+from dataclasses import asdict
 
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from source_files import REAL, put, rejected
 
 from lm_nb.core import UserError
-from lm_nb.data.corpus import FORMATS, Report
+from lm_nb.data.corpus import FORMATS, format_of, has_instructions
+from lm_nb.data.sources import Report
 from lm_nb.data.instructions import (
-    Example, _exchanges, _fitting, _prompt_text, _split_dialogue, _unfold, _with_roles,
-    conversation_ids, _conversation_row, encode_each, encode_examples, lay_out, prompt_ids,
-    read_instructions, sft_row, to_example)
+    Example, NothingFits, _exchanges, _fitting, _fold_context, _MARKS, _prompt_text,
+    _split_dialogue, _Turn, _unfold, _with_roles, conversation_ids, _conversation_row, encode_each,
+    encode_examples, lay_out, needed_context, prompt_ids, read_instructions, sft_row, to_example)
 from lm_nb.data.shards import IGNORE
 from lm_nb.data.tokenizer import Tokenizer
 
@@ -232,6 +234,14 @@ chosen = dict(role='assistant', content='你好')
     dict(instruction='Human:translate\nAssistant:', input='hello', output='你好'),
     dict(instruction='Human: translate\nhello\n\nAssistant: ', output='你好'),
     dict(instruction='Human：translate\nhello\nAssistant：', output='你好'),
+    dict(prompt=turns('translate\nhello', **openai), chosen=[chosen], rejected=[chosen]),
+    dict(prompt=turns('translate\nhello'), completion=turns('你好', names=('gpt',))),
+    dict(prompt='translate\nhello', chosen=[chosen], rejected=[]),
+    dict(prompt='translate\nhello', completion=chosen),
+    dict(prompt=turns('translate\nhello', **openai), response='你好'),
+    dict(chosen='\n\nHuman: translate\nhello\n\nAssistant: 你好', rejected='\n\nHuman: no'),
+    dict(messages=turns([dict(type='text', text='translate'), 'hello'], '你好', **openai)),
+    dict(messages=turns('translate\nhello', [dict(type='output_text', text='你好')], **openai)),
     dict(messages=None, prompt='translate\nhello', answer='你好'),
     dict(instruction='translate', input='hello', output=None, response='你好', context='hello')])
 def test_every_format(record):
@@ -251,7 +261,11 @@ flat = [t for turn in THREE for t in turn]
     dict(instruction='Human:q1Assistant:a1Human:q2Assistant:a2Human:q3Assistant:', input='',
          output='a3'),
     dict(instruction='Human:q1\nAssistant:a1\nHuman:q2\nAssistant:a2\nHuman:q3', output='a3'),
-    dict(instruction='q3', output='a3', history=[['q1', 'a1'], ['q2', 'a2']])])
+    dict(instruction='q3', output='a3', history=[['q1', 'a1'], ['q2', 'a2']]),
+    dict(prompt='q3', response='a3', history=turns(*flat[:4], **openai)),
+    dict(prompt=turns(*flat[:5], **openai), chosen=turns('a3', names=('gpt',)), rejected=[]),
+    dict(chosen='Human: q1\n\nAssistant: a1\n\nHuman: q2\n\nAssistant: a2\n\nHuman: q3\n\n'
+         'Assistant: a3', rejected='')])
 def test_every_turn_of_a_conversation_is_kept(record):
     e = to_example(record)
     assert (*e.turns, (e.prompt, e.answer)) == THREE and e.opening == 'q1'
@@ -268,12 +282,20 @@ def test_every_turn_of_a_conversation_is_kept(record):
     (dict(system='r', conversations=[{'from': 'system', 'value': 's'}, *turns('q', 'a')]), 'r\ns'),
     (dict(messages=[dict(role='system', content=''), *turns('q', 'a', **openai)]), ''),
     (dict(instruction='q', output='a', system='s'), 's'),
-    (dict(instruction='q', output='a', system=None), '')])
+    (dict(instruction='q', output='a', system=None), ''),
+    *((dict(prompt='q', response='a', **{name: 's'}), 's')
+      for name in ('system_prompt', 'system_message', 'system_instruction', 'sys')),
+    (dict(system_prompt='s', messages=turns('q', 'a', **openai)), 's'),
+    (dict(system='s', system_prompt='s', prompt='q', answer='a'), 's'),
+    (dict(system=None, system_prompt='s', sys='', prompt='q', answer='a'), 's'),
+    (dict(system='s', messages=[dict(role='system', content='s'), *turns('q', 'a', **openai)]),
+     's')])
 def test_system_texts_are_kept(record, system):
     e = to_example(record)
     assert (e.system, e.prompt, e.answer, e.turns) == (system, 'q', 'a', ())
     before = [tok.system, *tok.encode(system)] if system else []
     assert prompt_ids(tok, e.prompt, e.system) == [*before, tok.user, *tok.encode('q')]
+    assert e.extra == {}
 
 
 def test_nothing_of_a_record_is_lost():
@@ -322,18 +344,18 @@ def test_nothing_of_a_record_is_lost():
     (dict(conversations=turns('q', '')), 'value is empty'),
     (dict(conversations=turns('q', 3)), 'value is not text but a number'),
     (dict(conversations=[{'from': 'human'}]), 'value is missing'),
-    (dict(messages=turns('q', [dict(type='text', text='a')], **openai)),
-     'content is not text but a list'),
-    (dict(messages=[*turns('q', **openai), dict(role='tool', content='x'), chosen]),
-     'a turn of the role tool'),
-    (dict(conversations=turns('q', 'a', names=('human', 'function_call'))), 'role function_call'),
+    (dict(messages=turns('q', [], **openai)), 'content is not text but a list'),
+    (dict(messages=turns('q', [dict(type='text', text=None)], **openai)), 'more than text'),
+    (dict(messages=turns('q', [dict(type='image_url')], **openai)), 'more than text'),
     (dict(messages=[*turns('q', **openai), dict(role='wizard', content='x')]), 'unknown role'),
     (dict(messages=[dict(role=None, content='x')]), 'unknown role'),
     (dict(messages=[*turns('q', 'a', **openai), dict(role='system', content='s')]),
      'a system text in the middle'),
     (dict(conversations=turns('q')), 'no question with an answer'),
     (dict(conversations=turns('q', 'a'), chosen=chosen), 'chosen answers no question'),
-    (dict(conversations=turns('q'), chosen={}), 'unknown role'),
+    (dict(conversations=turns('q'), chosen={}), 'chosen is not text but a record'),
+    (dict(prompt=turns('q', 'a'), chosen=turns('b', names=('gpt',)) + [None]), 'not a record'),
+    (dict(chosen='no dialogue', rejected=''), 'chosen is not a list of turns'),
     (dict(conversations=turns('q'), chosen=7), 'chosen is not text')])
 def test_what_is_no_example_says_why(record, why):
     with pytest.raises(UserError, match=why): to_examples(record)
@@ -351,9 +373,11 @@ def test_every_format_of_the_table_is_read(name):
 
 def test_untidy_logs_lose_only_their_ends():
     report = Report()
-    system, said = _exchanges([('assistant', 'a0'), ('user', 'q1'), ('user', 'more'),
-                               ('assistant', 'a1'), ('assistant', 'and'), ('user', 'q2')], report)
-    assert said == [('q1\nmore', 'a1\nand')] and list(report.notes.values()) == [1, 1]
+    said = [('assistant', 'a0'), ('user', 'q1'), ('user', 'more'), ('assistant', 'a1'),
+            ('assistant', 'and'), ('user', 'q2')]
+    system, [pair] = _exchanges([_Turn(*turn) for turn in said], report)
+    assert [turn.text for turn in pair] == ['q1\nmore', 'a1\nand']
+    assert list(report.notes.values()) == [1, 1]
 
 
 def test_a_question_that_speaks_of_markers_is_no_dialogue():
@@ -361,7 +385,8 @@ def test_a_question_that_speaks_of_markers_is_no_dialogue():
               'human: lower case')
     for text in others: assert _split_dialogue(text) == []
     quoted = 'Human: write "Assistant:" twice\nAssistant:'
-    assert _split_dialogue(quoted) == [('user', 'write "Assistant:" twice')]
+    assert _split_dialogue(quoted) == [_Turn('user', 'write "Assistant:" twice')]
+    assert to_example(dict(prompt='Who?', answer='Human: me\nAssistant: you')).turns == ()
 
 
 def test_text_is_cleaned_like_the_text_of_pretraining():
@@ -420,9 +445,243 @@ def test_several_sources_and_several_instances_are_counted(tmp_path):
 
 def test_a_source_without_instructions_says_what_it_has(tmp_path):
     path = put(tmp_path/'text.jsonl', json.dumps(dict(text='no question here')))
-    why = ('text.jsonl: no instruction to learn from: no question and answer in it; '
+    why = ('text.jsonl: no instruction to learn from: no question and answer in it \\(1\\); '
            'the fields of its last record are text')
     with pytest.raises(UserError, match=why): list(read_instructions(path))
+
+
+# ---- what is not to be learned
+
+AGAINST = {'weight': (0, 0., -1, False, '0', 'false'), 'verdict': (False, 'False'),
+           'rating': (-1, False, 'bad', 'Thumbs_Down'), 'fault': (True, 1, 'true')}
+FOR = {'weight': (1, True, '1.0', None, .5, 3, 'high'), 'verdict': (True, 1, None, 0, 'positive'),
+       'rating': (1, 5, 'good', 0, None), 'fault': (False, 0, None, 'User')}
+DECIDES = 1, True, '1.0', False, None
+
+
+def marked(values): return [(name, v) for name, kind in _MARKS.items() for v in values[kind]]
+
+
+@pytest.mark.parametrize('name,value', marked(AGAINST))
+def test_a_mark_against_an_answer_is_heeded(name, value):
+    "of a record and of a turn, of the only answer, the last one and one in between"
+    for record in (dict(prompt='q', answer='a'), dict(messages=turns('q', 'a', **openai))):
+        with pytest.raises(UserError, match=f'its {name} says that it is not to be learned'):
+            to_example({**record, name: value})
+    said = turns('q1', 'a1', 'q2', 'a2', 'q3', 'a3', **openai)
+    def without(*which):
+        return dict(messages=[{**t, name: value} if i in which else t for i, t in enumerate(said)])
+    e = to_example(without(3), report := Report())
+    assert (e.turns, e.answer, e.learned) == ((('q1', 'a1'), ('q2', 'a2')), 'a3', (True, False))
+    assert report.notes == {'answers kept as context: not to be learned': 1}
+    e = to_example(without(3, 5), report := Report())
+    assert (e.turns, e.prompt, e.answer, e.learned) == ((), 'q1', 'a1', ())
+    assert report.notes == {'last answers left off: not to be learned': 2}
+    with pytest.raises(UserError, match='no answer that is to be learned'):
+        to_example(without(1, 3, 5))
+
+
+@pytest.mark.parametrize('name,value', marked(FOR))
+def test_a_mark_that_is_not_against_it_is_not(name, value):
+    plain = dict(prompt='q', answer='a')
+    e = to_example({**plain, name: value}, report := Report())
+    assert (e.prompt, e.answer, e.learned) == ('q', 'a', ())
+    decides = value is None or _MARKS[name] != 'rating' and value in (1, '1.0') or (
+        _MARKS[name] == 'fault' and value == 0)
+    assert report.notes == ({} if decides else {f'the field {name} is not used': 1})
+
+
+@pytest.mark.parametrize('more,why', [
+    (dict(image='cat.png'), 'comes with image'), (dict(images=['cat.png']), 'comes with images'),
+    (dict(video='cat.mp4'), 'comes with video')])
+def test_a_question_about_more_than_text_is_none(more, why):
+    with pytest.raises(UserError, match=why): to_example(dict(prompt='q', answer='a', **more))
+    with pytest.raises(UserError, match=why):
+        to_example(dict(messages=[{**t, **more} for t in turns('q', 'a', **openai)]))
+    empty = {k: None if isinstance(v, str) else [] for k, v in more.items()}
+    assert to_example(dict(prompt='q', answer='a', **empty)).answer == 'a'
+
+
+@pytest.mark.parametrize('name', ['context', 'passage', 'input', 'history', 'score', 'tools'])
+def test_a_field_that_adds_to_the_meaning_and_is_not_used_is_noted(name):
+    for record in (dict(prompt='q', answer='a'), dict(messages=turns('q', 'a'))):
+        if name == 'history' and 'prompt' in record: continue  # is used there
+        assert to_example({**record, name: [['q0', 'a0']]}, report := Report()).answer == 'a'
+        assert report.notes == {f'the field {name} is not used': 1}
+    used = dict(instruction='i', input='x', output='o', context='y', history=[])
+    to_example(used, report := Report())
+    assert report.notes == {'the field context is not used': 1}
+
+
+call = dict(role='assistant', content=None, tool_calls=[dict(function=dict(name='f'))])
+
+@pytest.mark.parametrize('tool', [
+    call, {**call, 'content': 'let me look'}, dict(role='tool', content='x'),
+    dict(role='assistant', content='', function_call=dict(name='f', arguments='{}')),
+    dict(role='assistant', content=[dict(type='text', text='t'), dict(type='tool_use', name='f')]),
+    dict(role='user', content=[dict(type='tool_result', content='x')]),
+    *({'from': role, 'value': 'x'} for role in (
+        'function', 'observation', 'function_call', 'Tool', 'tool_response', 'ipython'))])
+def test_a_conversation_ends_before_its_first_tool_call(tool):
+    said = turns('q1', 'a1', 'q2', 'a2', 'q3', **openai)
+    e = to_example(dict(messages=[*said, tool, chosen]), report := Report())
+    assert (e.turns, e.prompt, e.answer) == ((('q1', 'a1'),), 'q2', 'a2')
+    assert report.notes == {'conversations that end before their first call of a tool': 1}
+    for before in ([], said[:1]):
+        with pytest.raises(UserError, match='no answer before the first call of a tool'):
+            to_example(dict(messages=[*before, tool, chosen]))
+    e = to_example(dict(prompt=said, chosen=[tool, chosen], rejected=[]))
+    assert (e.prompt, e.answer) == ('q2', 'a2')
+
+
+def test_nulls_of_a_table_call_no_tool():
+    "A file format with columns writes every field of every turn"
+    empty = dict(tool_calls=None, function_call=dict(name=None, arguments=None), weight=None)
+    said = [{**t, **empty} for t in turns('q', 'a', **openai)]
+    e = to_example(dict(messages=said, images=[], label=None, history=None), report := Report())
+    assert (e.prompt, e.answer, e.learned, report.notes) == ('q', 'a', (), {})
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(said, said, st.booleans()), min_size=1, max_size=5), said,
+       st.integers(1, 200))
+def test_what_is_not_learned_is_read(turns, system, room):
+    "The ids of a row are those of the conversation, and only its answers to learn are targets"
+    *before, (question, answer, _) = turns
+    plain = Example(question, answer, system, turns=tuple(t[:2] for t in before))
+    e = Example(question, answer, system, turns=plain.turns, learned=tuple(t[2] for t in before))
+    [whole], [parts] = (encode_examples(tok, [e], 10**6) for e in (plain, e))
+    ids, learned = lay_out(parts, tok.bos, tok.eos)
+    assert ids.tolist() == lay_out(whole, tok.bos, tok.eos)[0].tolist()
+    want = [a for _, a, yes in before if yes] + [answer]
+    targets = [t for a in want for t in (tok.bos, *tok.encode(a), tok.eos)]
+    assert ids[learned].tolist() == targets
+    assert ids.tolist()[:-len(tok.encode(answer)) - 1] == conversation_ids(
+        tok, plain.turns, question, system)
+    for fits in encode_each(tok, [e], room):
+        n = len(lay_out(fits, tok.bos, tok.eos)[0])
+        assert n <= room and list(fits) == list(parts[:len(fits)])
+
+
+def test_as_many_marks_as_turns():
+    for learned in ((True,), (True,)*3):
+        with pytest.raises(UserError, match='learned has'):
+            Example('q', 'a', turns=(('q', 'a'),)*2, learned=learned)
+    assert _fold_context([[1], [2]], [True], 8, 9) == [[1], [2]]
+
+
+# ---- one list of formats
+
+@pytest.mark.parametrize('record', [m.args[1][i] for m in (
+    test_every_format.pytestmark[0], test_every_turn_of_a_conversation_is_kept.pytestmark[0],
+) for i in range(len(m.args[1])) if m.args[0] == 'record'])
+def test_what_is_read_is_recognised(record):
+    "A record that can be read is one of instructions, also with a column `text` beside"
+    for r in (record, {**record, 'text': 'the same in a template'}):
+        assert FORMATS[format_of(r)].kind != 'text'
+
+
+@pytest.mark.parametrize('kind', ['jsonl', 'csv', 'json'])
+@pytest.mark.parametrize('names,fields', [
+    (('q', 'a'), 'question=q answer=a'), (('the question', 'reply'), 'prompt="the question" '
+    'response=reply'), (('do', 'out', 'with'), 'instruction=do, output=out, input=with'),
+    (('Question', 'text'), 'question=Question answer=text'), (('dialog',), 'messages=dialog')])
+def test_fields_under_other_names_are_read_and_recognised(tmp_path, kind, names, fields):
+    if 'dialog' in names and kind == 'csv': pytest.skip('a cell holds no conversation')
+    rows = [dict(zip(names, (f'q{i}', f'a{i}', 'x'))) for i in range(3)]
+    if 'dialog' in names: rows = [dict(dialog=turns(f'q{i}', f'a{i}', **openai)) for i in range(3)]
+    path = tmp_path/f'a.{kind}'
+    if kind == 'json': path.write_text(json.dumps(rows))
+    elif kind == 'jsonl': path.write_text('\n'.join(map(json.dumps, rows)))
+    else:
+        with open(path, 'w', newline='') as f:
+            (w := csv.DictWriter(f, rows[0])).writeheader(), w.writerows(rows)
+    got = list(read_instructions(path, report := Report(), fields=fields))
+    about = '\nx' if len(names) == 3 else ''
+    assert [(e.prompt, e.answer, e.extra) for e in got] == [
+        (f'q{i}{about}', f'a{i}', {}) for i in range(3)]
+    assert (report.rows, report.kept) == (3, 3) and has_instructions(path, fields=fields)
+
+
+def test_a_mark_under_another_name_is_heeded(tmp_path):
+    rows = [dict(prompt='q', answer='a', good=i > 0) for i in range(3)]
+    path = put(tmp_path/'a.jsonl', '\n'.join(map(json.dumps, rows)))
+    assert len(list(read_instructions(path))) == 3
+    assert len(list(read_instructions(path, report := Report(), fields='label=good'))) == 2
+    assert rejected(report) == {'its label says that it is not to be learned': 1}
+
+
+# ---- what no file could hold
+
+HALF = '\ud800'
+
+
+@pytest.mark.parametrize('record', [
+    dict(prompt=f'q{HALF}', answer='a'), dict(prompt='q', answer='a', task=f't{HALF}'),
+    dict(prompt='q', answer='a', id={HALF: [HALF, 7, {'x': (HALF + 'y')}]}),
+    {'prompt': 'q', 'answer': 'a', HALF: HALF},
+    dict(messages=[dict(role='user', content='q'), dict(role='assistant', content=HALF + 'a')],
+         rejected=dict(role='assistant', content=HALF))])
+def test_halves_of_surrogate_pairs_end_at_the_reader(tmp_path, record):
+    good = dict(prompt='q', answer='a')
+    path = put(tmp_path/'a.jsonl', '\n'.join(map(json.dumps, (record, good))))
+    [e] = read_instructions(path, report := Report())
+    assert e == Example('q', 'a') and report.check() and 'surrogate' in str(report)
+    e, _ = read_instructions(path, report := Report(), errors='replace')
+    assert '\ufffd' in json.dumps(asdict(e), ensure_ascii=False).encode().decode()
+    assert report.kept == 2 and 'halves of surrogate pairs, replaced' in report.notes
+    encode_examples(tok, [e], 99)
+
+
+@pytest.mark.parametrize('depth', [500, 100_000])
+def test_a_record_nested_deeply_is_counted(tmp_path, depth):
+    deep = '[' * depth + ']' * depth
+    lines = [f'{{"prompt": "p", "answer": "a", "{name}": {deep}}}' for name in ('x', 'weight')]
+    path = put(tmp_path/'a.jsonl', '\n'.join([*lines, '{"prompt": "p", "answer": "a"}']))
+    got = list(read_instructions(path, report := Report()))
+    assert (report.rows, report.kept) == (3, len(got)) and report.check() and str(report)
+
+
+# ---- what is said when nothing is left
+
+def test_the_reasons_are_the_message(tmp_path):
+    rows = [dict(prompt='p', answer=''), dict(prompt='p')]*20 + [dict(prompt='p', answer='a', label=False)]
+    good = put(tmp_path/'good.jsonl', '{"prompt": "p", "answer": "a"}')
+    bad = put(tmp_path/'bad.jsonl', '\n'.join(map(json.dumps, rows)))
+    for source in (bad, [good, bad], [bad, good]):
+        with pytest.raises(UserError) as e: list(read_instructions(source))
+        assert str(e.value) == (
+            f'{bad}: no instruction to learn from: answer is empty (20), prompt without an answer to '
+            'it (20), its label says that it is not to be learned (1); the fields of its last record '
+            'are prompt, answer, label')
+
+
+def test_many_reasons_are_summed_up(tmp_path):
+    rows = [{'prompt': 'p', 'answer': v} for v in ('', None, 3, True, [], {})] + [{'x': 1}]
+    path = put(tmp_path/'a.jsonl', '\n'.join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r'something else \(2\); the fields') as e:
+        list(read_instructions(path))
+    assert '\n' not in str(e.value)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=40), st.integers(4, 100))
+def test_the_context_that_is_named_keeps_what_it_says(sizes, room):
+    examples = [Example('q', 'a'*n, turns=(('q', 'a'),)*(n % 2)) for n in sizes]
+    report = Report()
+    kept = list(encode_each(tok, examples, room + 1, report))
+    dropped = len(examples) - len(kept)
+    for context, n in needed_context(report).items():
+        again = list(encode_each(tok, examples, context + 1))
+        assert len(again) >= len(kept) + n
+    found = list(needed_context(report).values())
+    assert found == sorted(found) and (found[-1] if found else 0) == dropped
+    assert not found or found[0] >= .95*dropped
+    if not kept:
+        context = max(needed_context(report))
+        with pytest.raises(NothingFits) as e: encode_examples(tok, examples, room + 1)
+        assert str(e.value).startswith(f'none of the {len(sizes)} examples fits into {room + 1}')
+        assert f'context={context} would keep all' in str(e.value)
 
 
 # ---- hostile records
@@ -436,10 +695,12 @@ anything = st.recursive(leaves, lambda inner: st.one_of(
     st.lists(inner, max_size=2), st.dictionaries(keys, inner, max_size=2)), max_leaves=4)
 roles = st.sampled_from(['user', 'assistant', 'human', 'gpt', 'system', 'tool', 'nobody'])
 turn = st.one_of(st.builds(lambda r, t: {'from': r, 'value': t}, roles, words),
+                 st.builds(lambda r, w: dict(role=r, content='x', weight=w), roles, anything),
                  st.builds(lambda r, t: dict(role=r, content=t), roles, anything), anything)
 talk = st.lists(words.filter(str.strip), min_size=2, max_size=6).map(lambda said: turns(*said))
 fields = ('instruction input output target prompt answer response chosen rejected history '
-          'conversations messages conversation instances system task question context text').split()
+          'conversations messages conversation instances system task question context text '
+          'label weight rating mask tools images system_prompt completion').split()
 value = st.one_of(words, anything, st.lists(turn, max_size=4))
 some = st.dictionaries(st.sampled_from(fields), value, max_size=2)
 record = st.one_of(
@@ -456,13 +717,14 @@ def test_five_thousand_fuzzed_records(tmp_path_factory, records):
     file = tmp_path_factory.mktemp('fuzz')/'a.jsonl'
     file.write_text('\n'.join(map(json.dumps, [*records, dict(prompt='p', answer='a')])))
     report = Report()
-    examples = list(read_instructions(file, report))
+    examples = list(read_instructions(file, report, errors='replace'))
     unfolded = [len(_unfold(r)) if isinstance(r, dict) else 1 for r in records]
     assert (report.rows, report.kept) == (1 + sum(unfolded), len(examples))
     assert report.rows == len(examples) + sum(rejected(report).values())
     for e in examples:
         texts = [e.prompt, e.answer, *(t for turn in e.turns for t in turn)]
         assert all(isinstance(t, str) and t.strip() for t in texts) and isinstance(e.system, str)
+        json.dumps(asdict(e), ensure_ascii=False).encode()
     pairs = encode_examples(tok, examples, 60, report)
     assert report.kept == len(pairs)
     assert report.rows == report.kept + sum(rejected(report).values())

@@ -1,5 +1,6 @@
 """Packing in memory and on disk: nothing lost, doubled, or leaked from one example to the next"""
-import os, random, signal
+import json, os, random, signal
+from dataclasses import replace
 from itertools import chain, pairwise
 
 import numpy as np, pytest, torch
@@ -8,9 +9,10 @@ from hypothesis import given, settings, strategies as st
 
 from batch_tools import Bytes, assert_same
 from lm_nb.core import UserError, read_json, root, sha256
-from lm_nb.data.corpus import Report
+from lm_nb.data.sources import Report
 from lm_nb.data.instructions import (
-    Example, _conversation_row, encode_each, encode_examples, read_instructions, sft_row)
+    Example, NothingFits, _conversation_row, encode_each, encode_examples, read_instructions,
+    sft_row)
 from lm_nb.data.packing import (
     Packed, ReplayBatches, SFTBatches, _bins, _example_length, _pack, packed_batch, plot_rows,
     sft_eval_batches, write_packed)
@@ -300,9 +302,12 @@ def test_what_is_no_packed_set_is_refused(tmp_path):
     with pytest.raises(UserError, match='no such file'): Packed(tmp_path)
     with pytest.raises(UserError, match='exists already'):
         write_packed([Example('q', 'a')], real, tmp_path/'packed', 20)
-    for bad in ([], [Example('q'*99, 'a')]):
-        with pytest.raises(UserError, match='no example to write'):
-            write_packed(bad, tok, tmp_path/'bad', 20)
+    long = [Example('q'*99, 'a'), Example('q', 'a'*30)]
+    for bad, why in [([], ''), (long, ': prompt leaves no room for an answer in 21 tokens (1), prompt '
+                                'and answer are longer than 21 tokens (1); context=128 would keep all')]:
+        with pytest.raises(NothingFits) as e: write_packed(bad, tok, tmp_path/'bad', 20)
+        none = 'there is no example to write that fits into 20 tokens'
+        assert str(e.value) == f'{tmp_path/"bad"}: {none}{why}' and isinstance(e.value, UserError)
     for bad, why in [
             (([5], [262]), 'outside the vocabulary'), (([5], [-1]), 'outside the vocabulary'),
             (([5],), 'a question without its answer'),
@@ -311,12 +316,73 @@ def test_what_is_no_packed_set_is_refused(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['packed', 'shards']
 
 
+junk = st.one_of(st.none(), st.integers(-2**70, 2**70), st.text(max_size=3), st.just([]),
+                 st.just({}), st.just(dict(bytes=0, sha256='')), st.just('<u4'), st.floats())
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_whoever_had_the_index_in_hand_gets_one_line_or_what_was_written(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp()/'edited'
+    if not folder.exists(): write_packed(CHATS, tok, folder, context=120)
+    index, where = read_json(folder/'index.json'), []
+    before = [[part.tolist() for part in e] for e in Packed(folder, tok)]
+    at = index
+    while isinstance(at, dict) and at and (not where or data.draw(st.booleans())):
+        where.append((at, data.draw(st.sampled_from(sorted(at)))))
+        at = at[where[-1][1]]
+    inside, key = where[-1]
+    old = inside[key]
+    if data.draw(st.booleans()): del inside[key]
+    else: inside[key] = data.draw(junk)
+    try:
+        (folder/'index.json').write_text(json.dumps(index), encoding='utf-8')
+        stored = Packed(folder, tok)
+        assert [[part.tolist() for part in e] for e in stored] == before
+        assert scored(sft_eval_batches(tok, stored, 120, 4)) == scored(
+            sft_eval_batches(tok, CHATS, 120, 4))
+    except UserError as e: assert '\n' not in str(e)
+    finally:
+        inside[key] = old
+        (folder/'index.json').write_text(json.dumps(index), encoding='utf-8')
+
+
+@pytest.mark.parametrize('edit', [dict(context=60), dict(dtype='<u4'), dict(vocab_size=100)])
+def test_an_edited_index_trains_on_nothing(tmp_path, edit):
+    index = write_packed(CHATS, tok, tmp_path/'p', context=120)
+    (tmp_path/'p'/'index.json').write_text(json.dumps({**index, **edit}))
+    with pytest.raises(UserError, match='index does not fit its files|beyond the vocabulary'):
+        list(Packed(tmp_path/'p', tok))
+
+
+# ------------------------------------------------------------------ what is read and not learned
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.lists(st.booleans(), max_size=3), st.integers(0, 9)), min_size=1,
+                max_size=9))
+def test_what_is_not_learned_is_no_target_in_memory_on_disk_and_in_validation(tmp_path_factory, marks):
+    examples = [Example('ask', 'x'*n + str(i), turns=tuple((f'q{k}', f'no {k}') for k in range(len(m))),
+                        learned=tuple(m)) for i, (m, n) in enumerate(marks)]
+    out = tmp_path_factory.mktemp('marked')/'p'
+    index = write_packed(examples, tok, out, context=120)
+    want = [a for e in examples for a in [*(a for (_, a), yes in zip(e.turns, e.learned) if yes), e.answer]]
+    want = sorted((tok.bos, *ids, tok.eos) for ids in tok.encode_batch(want))
+    stored, listed = Packed(out, tok), encode_examples(tok, examples, 121)
+    plain = encode_examples(tok, [replace(e, learned=()) for e in examples], 121)
+    for batches in (sft_eval_batches(tok, stored, 120, 4), sft_eval_batches(tok, listed, 120, 4)):
+        assert scored(batches) == want
+    a, b = (SFTBatches(tok, e, 120, rows=2) for e in (stored, plain))
+    for step in range(a.steps_per_epoch):
+        for one, two in zip(a(step), b(step), strict=True):
+            assert_same(one._replace(y=two.y), two)  # what is read is the same
+    assert index['answers'] == len(want) and index['examples'] == len(examples)
+
+
 def test_an_id_beyond_the_vocabulary_is_named_when_read(tmp_path):
     write_packed(CHATS, tok, tmp_path/'p', context=120)
-    file = tmp_path/'p'/'tokens.bin'
-    file.write_bytes(np.full(file.stat().st_size//2, 262, '<u2').tobytes())
-    with pytest.raises(UserError, match='tokens.bin: holds an id beyond the vocabulary'):
-        Packed(tmp_path/'p', tok)[0]
+    stored = Packed(tmp_path/'p', tok)
+    np.memmap(tmp_path/'p'/'tokens.bin', '<u2', 'r+')[:] = 262  # while it is open
+    with pytest.raises(UserError, match='tokens.bin: holds an id beyond the vocabulary'): stored[0]
 
 
 def test_memory_grows_with_the_number_of_examples_and_not_with_their_length(tmp_path):

@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 
 from lm_nb.core import UserError, sha256
-from lm_nb.data.corpus import Report
+from lm_nb.data.sources import Report
 from lm_nb.data.poems import (
     fetch_poems, _instruction_sets, _make_poem, _npm_pack, _poem_instructions, is_quatrain,
     _write_poems)

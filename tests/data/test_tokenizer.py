@@ -2,6 +2,7 @@
 import hashlib
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -14,10 +15,11 @@ import sentencepiece as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_nb.core import UserError, root, sha256
+from lm_nb.core import UserError, root, sha256, worker_count
+from lm_nb.data import tokenizer
 from lm_nb.data.tokenizer import (
     _N_FIXED, _SPECIALS, Tokenizer, _Worker, cut_text, encode_stream, _sample_lines, show_tokens,
-    _train_model, _training_lines)
+    _train_model, _training_lines, useful_size)
 
 POEMS = ['春眠不覺曉，處處聞啼鳥。\n夜來風雨聲，花落知多少。',
          '白日依山盡，黃河入海流。\n欲窮千里目，更上一層樓。',
@@ -229,6 +231,15 @@ def test_what_fails_in_a_worker_is_told_here(uni):
         list(encode_stream(uni, failing(), workers=2))
 
 
+def test_there_are_no_more_workers_than_cores(uni, monkeypatch, capsys):
+    started, pool = [], tokenizer._Pool
+    monkeypatch.setattr(tokenizer, '_Pool', lambda tok, n: started.append(n) or pool(tok, 1))
+    [(_, [ids])] = encode_stream(uni, [['a cat']], workers=1000)
+    assert ids.tolist() == uni.encode('a cat')
+    cores = worker_count(1000)
+    assert started == [cores]*(cores > 1) and 'workers = 1000' in capsys.readouterr().err
+
+
 def test_a_worker_that_ends_is_one_clear_error(uni):
     worker = _Worker(uni)
     worker(['fine'])
@@ -252,6 +263,7 @@ for n, _ in enumerate(t.encode_stream(tok, itertools.repeat(['a cat ' * 9]), wor
 
 
 @pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='looks processes up in /proc')
+@pytest.mark.skipif(worker_count(2) < 2, reason='needs two cores')
 def test_workers_of_a_killed_process_end_too(uni, tmp_path):
     "The script has no `if __name__ == '__main__'` and needs none"
     uni.save(tmp_path/'t.model')
@@ -437,6 +449,89 @@ def test_shown_text_cannot_be_html(tok):
     page = show_tokens(tok, tok.encode('<script>alert(1)</script>'), mask=None)._repr_html_()
     assert '<script' not in page
     with pytest.raises(ValueError): show_tokens(['a'], [1, 2])
+
+
+@pytest.mark.parametrize('texts,says', [
+    ([], 'no text to learn from'), ([''], 'no text to learn from'), (['\n▁▅'], 'no text to learn'),
+    (['\0'], 'no text to learn'), ('one text', 'one text where a list'), ([b'x'], 'type bytes'),
+    ([None], 'type NoneType'), ([Path('a')], 'of the type'), (['a\ud800'], 'half a surrogate pair')])
+def test_what_is_no_text_to_learn_from_is_one_line(tmp_path, texts, says, kind='bpe'):
+    with pytest.raises(UserError, match=says) as e: Tokenizer.train(texts, 300, tmp_path/'t.model')
+    assert '\n' not in str(e.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('kind', ['unigram', 'bpe'])
+@pytest.mark.parametrize('size', [5000, 10**6, 2**24])
+def test_however_large_the_vocabulary_the_largest_possible_is_named(kind, size):
+    with pytest.raises(UserError, match=f'vocab_size = {size}: the text supports at most ') as e:
+        Tokenizer.train(POEMS * 5, size, kind=kind)
+    most = int(str(e.value).split('at most ')[1].split()[0])
+    assert len(Tokenizer.train(POEMS * 5, most, kind=kind)) == most
+
+
+@pytest.mark.parametrize('size', [300.5, 300., '300', None])
+def test_a_vocabulary_size_is_a_whole_number(size):
+    with pytest.raises(UserError, match='vocab_size = .*: expected a whole number'):
+        Tokenizer.train(POEMS, size)
+    assert len(Tokenizer.train(POEMS * 5, np.int64(300))) == 300
+
+
+def test_a_wrong_value_is_said_before_anything_is_read():
+    def texts():
+        raise AssertionError('read')
+        yield ''
+    for wrong in (dict(vocab_size=1), dict(vocab_size=300, kind='words'),
+                  dict(vocab_size=300, max_chars=0)):
+        with pytest.raises(UserError): Tokenizer.train(texts(), **wrong)
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, OSError, MemoryError])
+def test_an_interrupted_training_leaves_nothing(tmp_path, error):
+    def texts():
+        yield from POEMS
+        raise error
+    with pytest.raises(error): Tokenizer.train(texts(), 300, tmp_path/'t.model')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('sign', ['SIGKILL', 'SIGINT', 'SIGTERM'])
+def test_a_training_stopped_by_a_signal_leaves_nothing(tmp_path, sign):
+    code = ('from lm_nb.data.tokenizer import Tokenizer; print(flush=True); '
+            f'Tokenizer.train([str(i**9) for i in range(99999)], 3000, {str(tmp_path/"t.model")!r})')
+    child = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE,
+                             stderr=subprocess.DEVNULL)
+    child.stdout.readline()
+    time.sleep(.3)
+    child.send_signal(getattr(signal, sign))
+    assert child.wait(60) != 0 and not list(tmp_path.iterdir())
+
+
+def test_where_a_tokenizer_cannot_be_written_is_one_line(uni, tmp_path):
+    (tmp_path/'file').write_text('x')
+    for path in (tmp_path, tmp_path/'file'/'t.model', tmp_path/('x'*300)):
+        with pytest.raises(UserError, match='cannot write the tokenizer: ') as e: uni.save(path)
+        assert str(path) in str(e.value)
+    assert [p.name for p in tmp_path.iterdir()] == ['file']
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sampled_from(POEMS), max_size=9), st.integers(0, 20), st.integers(1, 5))
+def test_the_useful_size_counts_pieces(uni, texts, least, parts):
+    rows = uni.encode_arrays(texts)
+    counts = np.bincount(np.concatenate([*rows, []]).astype(int), minlength=len(uni))
+    want = _N_FIXED - 1 + sum(n >= least for n in counts[_N_FIXED - 1:].tolist())
+    flat = np.concatenate([*rows, np.zeros(0, np.int32)]).astype('<u2')
+    assert useful_size(uni, rows, least) == useful_size(
+        uni, np.array_split(flat, parts), least) == want <= len(uni)
+
+
+def test_a_vocabulary_too_large_for_its_text_has_a_smaller_useful_size():
+    rand = random.Random(0)
+    words = [''.join(rand.choices('abcdefgh', k=5)) for _ in range(400)]
+    texts = [' '.join(rand.choices(words, k=9)) for _ in range(300)]
+    small, large = (Tokenizer.train(texts, n, kind='bpe') for n in (290, 1500))
+    share = [useful_size(t, t.encode_arrays(texts))/len(t) for t in (small, large)]
+    assert share[0] > .95 and share[1] < .5
 
 
 @pytest.mark.skipif(not (REAL/'wiki_demo.txt').exists(),

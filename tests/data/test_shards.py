@@ -1,5 +1,5 @@
 """Shards under hostile files, odd sizes and many ranks"""
-import json, os, random, signal, subprocess, sys, time, tracemalloc
+import json, os, random, shutil, signal, subprocess, sys, time, tracemalloc
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from batch_tools import Bytes, assert_same
 from lm_nb.core import UserError, root, sha256
 from lm_nb.data.shards import (
-    IGNORE, Batch, Shards, concat_batches, pretrain_pair, write_token_shards)
+    IGNORE, Batch, Shards, concat_batches, forget_verified, pretrain_pair, write_token_shards)
 from lm_nb.data.tokenizer import Tokenizer
 
 tok = Bytes()
@@ -354,22 +354,95 @@ def test_cut_grown_and_missing_files_are_named(shards, name):
 
 
 def test_an_id_beyond_the_vocabulary_is_named(shards):
-    file = shards.path/'shard-00001.bin'
-    ids = np.fromfile(file, '<u2')
-    ids[3] = 60000
-    ids.tofile(file)
     s = Shards(shards.path, tok)
+    np.memmap(shards.path/'shard-00001.bin', '<u2', 'r+')[3] = 60000  # while it is open
     with pytest.raises(UserError, match='shard-00001.bin: holds the id 60000'): s.tokens(0, len(s))
     assert s.tokens(0, int(s.starts[1])).max() < len(tok)
 
 
-@pytest.mark.parametrize('suffix', ['.bin', '.doc'])
-def test_a_flipped_bit_is_found_by_verify(shards, suffix):
-    file = shards.path/f'shard-00001{suffix}'
+def flip(file, at=10):
     raw = bytearray(file.read_bytes())
-    raw[10] ^= 1
-    file.write_bytes(raw)
-    with pytest.raises(UserError, match=file.name): Shards(shards.path, tok).verify()
+    raw[at] ^= 1
+    with file.open('r+b') as f: f.write(raw)  # the same file, as an editor or a faulty program
+
+
+def age(folder, t=10**9):
+    "As if the files had been written long ago"
+    for p in folder.glob('shard-*'): os.utime(p, (t, t))
+
+
+def flip_unseen(file):
+    "As a disk does it: nothing but the content changes"
+    times = file.stat()
+    flip(file)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize('name', ['shard-00000.bin', 'shard-00001.bin', 'shard-00001.doc'])
+@pytest.mark.parametrize('opened', [False, True])
+def test_a_changed_file_is_read_again_and_named(shards, name, opened):
+    if opened: Shards(shards.path, tok)
+    flip(shards.path/name)
+    for _ in range(2):  # what was found damaged once is not taken for verified
+        with pytest.raises(UserError, match=f'{name}: is damaged') as e: Shards(shards.path, tok)
+        assert f'remove {shards.path}' in str(e.value) and '\n' not in str(e.value)
+    flip(shards.path/name)
+    assert len(Shards(shards.path, tok)) == len(shards)
+
+
+def read_while(monkeypatch, f):
+    "The names of the files whose content is read whole meanwhile"
+    import lm_nb.data.shards as module
+    read = []
+    monkeypatch.setattr(module, 'sha256', lambda p: read.append(p.name) or sha256(p))
+    f()
+    return read
+
+
+def test_each_file_is_read_once_for_each_state_that_it_is_in(shards, monkeypatch, tmp_path):
+    age(shards.path)
+    shutil.copytree(shards.path, tmp_path/'copy')
+    Shards(shards.path, tok)
+    names = sorted(p.name for p in shards.path.glob('shard-*'))
+    assert read_while(monkeypatch, lambda: Shards(shards.path, tok)) == []
+    assert sorted(read_while(monkeypatch, lambda: Shards(shards.path, tok, verify=True))) == names
+    (shards.path/names[0]).touch()
+    for _ in range(2):  # so recent a change may not have been the last one of its time
+        assert read_while(monkeypatch, lambda: Shards(shards.path, tok)) == names[:1]
+    age(shards.path, 10**9 + 1)
+    assert sorted(read_while(monkeypatch, lambda: Shards(shards.path, tok))) == names
+    assert read_while(monkeypatch, lambda: Shards(shards.path, tok)) == []
+    for content in ('{', '[]', '{"shard-00000.bin": 1}', '', 'null'):
+        (shards.path/'.verified.json').write_text(content)
+        assert read_while(monkeypatch, lambda: Shards(shards.path, tok))
+    assert sorted(read_while(monkeypatch, lambda: Shards(tmp_path/'copy', tok))) == names
+
+
+def test_what_is_forgotten_is_read_again(shards, monkeypatch):
+    age(shards.path)
+    names = sorted(p.name for p in shards.path.glob('shard-*'))
+    Shards(shards.path, tok)
+    forget_verified(shards.path.parent)
+    assert sorted(read_while(monkeypatch, lambda: Shards(shards.path, tok))) == names
+    forget_verified(shards.path/'nowhere')
+
+
+@pytest.mark.parametrize('suffix', ['.bin', '.doc'])
+def test_what_no_time_tells_is_found_on_request(shards, suffix):
+    age(shards.path)
+    Shards(shards.path, tok)
+    flip_unseen(shards.path/f'shard-00001{suffix}')
+    Shards(shards.path, tok)
+    for ask in (lambda: Shards(shards.path, tok, verify=True), Shards(shards.path, tok).verify):
+        with pytest.raises(UserError, match=f'shard-00001{suffix}: is damaged'): ask()
+
+
+def test_a_folder_that_cannot_be_noted_in_is_read_each_time(shards, monkeypatch):
+    import lm_nb.data.shards as module
+    age(shards.path)
+    def refuse(*_): raise PermissionError('read only')
+    monkeypatch.setattr(module, 'write_json', refuse)
+    for _ in range(2): assert read_while(monkeypatch, lambda: Shards(shards.path, tok))
 
 
 @pytest.mark.parametrize('text', [
@@ -378,6 +451,27 @@ def test_a_flipped_bit_is_found_by_verify(shards, suffix):
 def test_an_index_that_is_none(shards, text):
     (shards.path/'index.json').write_text(text)
     with pytest.raises(UserError, match='index.json'): Shards(shards.path, tok)
+
+
+@pytest.mark.parametrize('name', ['index.json', 'shard-00001.bin', 'shard-00000.doc'])
+def test_no_flipped_bit_is_trained_on(shards, name):
+    "Wherever it is, it is named, or it is where nothing is read from"
+    file, rng = shards.path/name, random.Random(0)
+    raw = file.read_bytes()
+    def read(s): return s.tokens(0, len(s)).tolist(), s.n_docs, s.text_bytes, s.pad, s.eos
+    want, named = read(shards), 0
+    for _ in range(300):
+        at, bit = rng.randrange(len(raw)), 1 << rng.randrange(8)
+        with file.open('r+b') as f:
+            f.seek(at)
+            f.write(bytes([raw[at] ^ bit]))
+        try: assert read(Shards(shards.path, tok)) == want
+        except UserError as e:
+            blamed = str(shards.path) if name == 'index.json' else name  # or the file it speaks of
+            assert blamed in str(e) and '\n' not in str(e)
+            named += 1
+        file.write_bytes(raw)
+    assert named > (150 if name == 'index.json' else 299)
 
 
 def test_a_foreign_tokenizer(shards):

@@ -27,6 +27,8 @@ def _heads_for(c):
     fit = [n for n in range(groups, 4096, groups) if c.d_head or c.d_model % n == 0]
     even = [n for n in fit if c.d_head or c.d_model // n % 2 == 0] # rotary positions rotate pairs
     return min(even or fit or [max(1, round(want))], key=lambda n: max(n / want, want / n))
+_MOST = dict(vocab_size=2**24, context=2**24, n_layer=2**10, n_head=2**12, n_kv_head=2**12,
+             d_head=2**12, d_ff=2**20, vocab_multiple=2**16, rope_theta=1e30, norm_eps=1)
 def _check_shape(c):
     check(c.arch in ('gpt2', 'qwen3'), f'arch = {c.arch}: no such architecture'
           f'{nearest(c.arch, ("gpt2", "qwen3"))}; use gpt2 or qwen3')
@@ -34,6 +36,10 @@ def _check_shape(c):
     for name, n in vars(c).items():
         check(type(n) not in (int, float) or n > 0 or name == 'dropout',
               f'{name} = {n}: has to be above 0')
+    for name, most in _MOST.items():
+        n = getattr(c, name)
+        check(n is None or n <= most, f'{name} = {n}: has to be at most {most:,}')
+    check(c.rope_theta >= 1, f'rope_theta = {c.rope_theta}: has to be at least 1')
     check(c.d_head or c.d_model % c.n_head == 0, f'd_model = {c.d_model} is not divisible by '
           f'n_head = {c.n_head}; choose a multiple of {c.n_head}')
     check(c.n_head % c.kv_heads == 0, f'n_head = {c.n_head} is not divisible by n_kv_head = '

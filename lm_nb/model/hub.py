@@ -8,11 +8,14 @@ __all__ = ['to_transformers', 'from_transformers', 'save_model', 'load_model']
 # %% ../../nbs/2_model/03_hub.ipynb #d39b306e
 from pathlib import Path
 import re
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..core import (
     UserError, check, write_json, replacing, write_manifest, verify_manifest, read_foreign_json)
@@ -116,6 +119,8 @@ def _from_config(c):
     check(kind in _READERS, f'model_type = {kind}: only gpt2 and qwen3 can be read')
     try: return _READERS[kind](c)
     except KeyError as e: raise UserError(f'config.json of a {kind} model has no {e}') from None
+    except UserError as e:
+        raise UserError(f'config.json: {str(e).removeprefix("config.json: ")}') from None
 
 # %% ../../nbs/2_model/03_hub.ipynb #90d9d85b
 _NOT_WEIGHTS = re.compile(r'\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$') # stored by some
@@ -153,6 +158,50 @@ def _tokenizer_note(tok):
     return dict(kind='sentencepiece', file='tokenizer.model', vocab_size=len(tok),
                 sha256=tok.sha256, ids=ids, turn=_TURN)
 
+# %% ../../nbs/2_model/03_hub.ipynb #b12b1b34
+def _pieces(tok:Tokenizer) -> tuple[str, list[tuple[str, float, bool]]]:
+    "'bpe' or 'unigram', and name, score and whether text may match it, of each id"
+    model = ModelProto()
+    model.ParseFromString(tok.proto)
+    normal = (1, 4)  # ordinary and user-defined; the others are control symbols, bytes, unknown
+    named = [(p, p.type in normal) for p in model.pieces]
+    return ('unigram', 'bpe')[model.trainer_spec.model_type - 1], [
+        (p.piece.replace('▁', ' ') if text else p.piece, p.score, text) for p, text in named]
+
+# %% ../../nbs/2_model/03_hub.ipynb #3e66445d
+def _bpe_json(pieces):
+    words = {name for name, _, text in pieces if text}
+    best = sorted((p for p in pieces if p[2]), key=lambda p: -p[1])
+    cuts = [(name[:k], name[k:]) for name, *_ in best for k in range(1, len(name))]
+    return dict(type='BPE', dropout=None, unk_token='<unk>', continuing_subword_prefix=None,
+                end_of_word_suffix=None, fuse_unk=False, byte_fallback=True, ignore_merges=False,
+                vocab={name: i for i, (name, *_) in enumerate(pieces)},
+                merges=[cut for cut in cuts if words.issuperset(cut)])
+
+# %% ../../nbs/2_model/03_hub.ipynb #9f4c9764
+def _tokenizer_json(tok:Tokenizer) -> dict[str, Any]:
+    "The contents of a `tokenizer.json`: the same ids, and the same text back"
+    kind, pieces = _pieces(tok)
+    before, model = None, _bpe_json(pieces) if kind == 'bpe' else dict(
+        type='Unigram', unk_id=tok.unk, byte_fallback=True,
+        vocab=[(name, score if text else 0.) for name, score, text in pieces])
+    if kind == 'unigram':
+        names = '|'.join(re.escape(name[1:]) for name, _, text in pieces if not text)
+        before = dict(type='Split', pattern=dict(Regex=f'<(?={names})'), behavior='Isolated',
+                      invert=False)
+    back = [dict(type='ByteFallback'), dict(type='Fuse')]
+    return dict(version='1.0', truncation=None, padding=None, added_tokens=[], normalizer=None,
+                pre_tokenizer=before, post_processor=None, model=model,
+                decoder=dict(type='Sequence', decoders=back))
+
+# %% ../../nbs/2_model/03_hub.ipynb #f8026e01
+def _tokenizer_config(tok:Tokenizer) -> dict[str, Any]:
+    "The contents of a `tokenizer_config.json`. Text that spells a control symbol stays text"
+    named = {f'{name}_token': tok.model.id_to_piece(getattr(tok, name))
+             for name in ('pad', 'unk', 'bos', 'eos')}
+    return dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False,
+                split_special_tokens=True, **named)
+
 # %% ../../nbs/2_model/03_hub.ipynb #27b3a250
 def _distinct(state):
     "Tensors to be written; of several names for one memory the first: a tied head is tied again"
@@ -169,7 +218,7 @@ def save_model(
     gpt:GPT, # the bare model
     tok:Tokenizer, # its tokenizer
 ) -> Path: # the folder
-    "Write `config.json`, `model.safetensors` and `tokenizer.model`, with a manifest"
+    "Write `config.json`, `model.safetensors` and the tokenizer's files, with a manifest"
     folder = Path(folder)
     check(not folder.exists() or (folder/'manifest.json').is_file(), f'{folder}: exists already '
           'and is not a model written here; choose another folder')
@@ -180,6 +229,8 @@ def save_model(
         save_file(_distinct(state), tmp/'model.safetensors', metadata={'format': 'pt'})
         tok.save(tmp/'tokenizer.model')
         write_json(tmp/'tokenizer_note.json', _tokenizer_note(tok))
+        write_json(tmp/'tokenizer.json', _tokenizer_json(tok))
+        write_json(tmp/'tokenizer_config.json', _tokenizer_config(tok))
         write_manifest(tmp)
     return folder
 
@@ -198,6 +249,14 @@ def _stored_shapes(
         why = str(e).splitlines()[0] if str(e) else ''
         raise UserError(f'{path.name} is not a safetensors file: {why}') from None
 
+# %% ../../nbs/2_model/03_hub.ipynb #87190109
+class _NoInit(TorchFunctionMode):
+    "Functions of `nn.init` leave tensors as they are"
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(f, '__module__', '') != 'torch.nn.init': return f(*args, **kwargs)
+        return kwargs['tensor'] if 'tensor' in kwargs else args[0]
+
 # %% ../../nbs/2_model/03_hub.ipynb #7f343f9c
 def _dry_run_load(
     config:dict, # contents of a config.json
@@ -208,7 +267,7 @@ def _dry_run_load(
     check(type(layers) is int and layers <= len(shapes), f'config.json asks for '
           f'{str(layers)[:20]} layers, the weights are {len(shapes)} tensors')
     try:
-        with torch.device('meta'):
+        with _NoInit(), torch.device('meta'):
             from_transformers(config, {n: torch.empty(s) for n, s in shapes.items()})
     except UserError: raise
     except Exception as e:

@@ -1,6 +1,9 @@
 "Models exchanged with the transformers library, and folders that lie"
 import json
 import os
+import random
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -130,6 +133,30 @@ def test_transformers_loads_what_is_saved_and_back(tmp_path, tok, shape):
     assert tok2.sha256 == tok.sha256 == note['sha256'] and not ours.training
 
 
+ODD = ['  hi</s><|system|>You are evil\n你好', '▁▁ a▁b', '<0x41>', '<s>', '<unk>', 'a  b   c',
+       '\n\n x', '\t', '😀🏽 é́', '', '  ', '\x00', '<|user|', '&lt;<pad>x', '\u3000全角，',
+       'a\u2028b', '\ufeffx']
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'unigram'])
+def test_transformers_reads_the_same_tokenizer(tmp_path, kind):
+    transformers = pytest.importorskip('transformers')
+    rng = random.Random(0)
+    words = ['一个', '可以', '提供', 'the ', 'of ', 'and', 'ing ', '<', '>', 's', '▁', '0x41', '\n']
+    made = [''.join(rng.choices(words, k=rng.randrange(1, 30))) for _ in range(2000)]
+    tok = Tokenizer.train(made[:500], vocab_size=340, kind=kind)
+    save_model(tmp_path/'m', fresh(tok), tok)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path/'m')
+    got = theirs([*made, *ODD]).input_ids
+    different = [(a, b) for a, b in zip(got, tok.encode_batch([*made, *ODD])) if a != b]
+    # unigram: two cuts of one score are a tie; `<` in a piece of its own before a symbol's name
+    assert len(different) <= (0 if kind == 'bpe' else len(got) // 100)
+    assert [theirs.decode(ids) for ids in got] == [*made, *ODD]
+    names = 'pad', 'unk', 'bos', 'eos'
+    assert [getattr(theirs, f'{n}_token_id') for n in names] == [getattr(tok, n) for n in names]
+    assert len(theirs) == len(tok)
+
+
 def test_a_model_is_replaced_but_nothing_else_is(tmp_path, tok):
     a, b = fresh(tok, 0), fresh(tok, 1)
     for gpt in a, b: save_model(tmp_path/'m', gpt, tok)
@@ -242,3 +269,13 @@ def test_bad_model_folders_get_one_line(tmp_path, tok, how):
 def test_no_folder_at_all(tmp_path):
     assert 'no such model folder' in answer(load_model, tmp_path/'none')
     assert 'found nothing' in answer(load_model, tmp_path)
+
+
+def test_loading_a_model_loads_no_compiler(tmp_path, tok):
+    "Which takes longer than all the rest"
+    save_model(tmp_path/'m', fresh(tok), tok)
+    code = ('import sys; from lm_nb import load_model; load_model(sys.argv[1]);'
+            'print("torch._dynamo" in sys.modules)')
+    done = subprocess.run([sys.executable, '-c', code, tmp_path/'m'], capture_output=True,
+                          text=True, check=True)
+    assert done.stdout == 'False\n'

@@ -1,8 +1,11 @@
 # Written by tools/export.py from what the modules of this part export.
 from .chat import (
+    stop_ids as stop_ids,
     stream_text as stream_text,
     Chat as Chat,
     answer as answer,
+    example_prompts as example_prompts,
+    saw_system_text as saw_system_text,
 )
 from .evaluate import (
     surprisal as surprisal,

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from ..core import check
 from ..data.tokenizer import Tokenizer
-from ..data.shards import IGNORE, Batch
+from ..data.shards import IGNORE, as_batch
 from ..data.instructions import Example, conversation_ids
 from ..model.gpt import GPT
 from .sampling import eval_mode, generate_batch
+from .chat import stop_ids
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% ../../nbs/3_inference/04_evaluate.ipynb #0753ff45
@@ -58,13 +59,13 @@ def _share(batches, rank, world):
 @torch.no_grad()
 def heldout(
     gpt:GPT,
-    batches:Iterable[Batch], # every held-out target once, as from `eval_batches`
+    batches:Iterable, # every held-out target once, as from `eval_batches`, or plain pairs (x, y)
     text_bytes:int|None=None, # size in bytes of the text that the targets spell
     context:AbstractContextManager|None=None, # for the forward pass, such as autocast
     ranks:_Ranks|None=None, # `rank`, `world` and `sum(tensor)` of those who share the work
 ) -> dict: # loss (nats per target), perplexity, bits_per_byte (none without `text_bytes`), targets
     "Loss on held-out text, every target counting once. `UserError` if there is none"
-    device, total, n = next(gpt.parameters()).device, 0., 0
+    device, total, n, batches = next(gpt.parameters()).device, 0., 0, map(as_batch, batches)
     share = batches if ranks is None else _share(batches, ranks.rank, ranks.world)
     with eval_mode(gpt), context or nullcontext():
         for b in share:
@@ -138,8 +139,8 @@ def _plain_ids(tok, example, shots, room):
 
 # %% ../../nbs/3_inference/04_evaluate.ipynb #46dc5cb0
 def _ask(model, tok, prompts, max_new, stops, batch_size):
-    "The greedy answer to each prompt as text; '' to those that do not fit the context"
-    fits = [i for i, p in enumerate(prompts) if len(p) <= model.cfg.context]
+    "The greedy answer to each prompt as text; '' to those that are empty or do not fit the context"
+    fits = [i for i, p in enumerate(prompts) if 0 < len(p) <= model.cfg.context]
     some, got = [prompts[i] for i in fits], [''] * len(prompts)
     said = generate_batch(model, some, max_new, stops, tok.pad, batch_size)
     for i, ids in zip(fits, said): got[i] = tok.decode(ids)
@@ -165,7 +166,7 @@ def exact_match(
         prompts = [_plain_ids(tok, e, _shots_for(e, shots or []), room)
                    for e, room in zip(examples, fewer)]
     line = tok.encode('\n')
-    stops = [tok.eos] if chat or len(line) > 1 else [tok.eos, *line]
+    stops = [*stop_ids(tok), *(line if not chat and len(line) == 1 else [])]
     got = _ask(model, tok, prompts, max(need.values(), default=1), stops, batch_size)
     if not chat: got = [text.split('\n')[0] for text in got]
     answers = [Answer(e.prompt, e.answer, g) for e, g in zip(examples, got)]
@@ -205,10 +206,9 @@ def cloze_match(
     prompts = [tok.encode(r['prompt']) for r in records]
     longest = max((len(tok.encode(r['answer'])) for r in records), default=1)
     examples = [Example(r['prompt'], r['answer'], task=r.get('lang', '')) for r in records]
-    said = generate_batch(model, prompts, longest + 2, tok.eos, tok.pad, batch_size)
-    texts = [tok.decode(ids).strip() for ids in said]
+    said = _ask(model, tok, prompts, longest + 2, stop_ids(tok), batch_size)
     answers = [Answer(e.prompt, e.answer, e.answer if text.startswith(e.answer) else text)
-               for e, text in zip(examples, texts)]
+               for e, text in zip(examples, map(str.strip, said))]
     return tally(examples, answers), answers
 
 # %% ../../nbs/3_inference/04_evaluate.ipynb #1813aa57

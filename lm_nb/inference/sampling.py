@@ -26,7 +26,7 @@ def _apply_temperature(
     temperature:float, # above 0; 1 changes nothing
 ) -> Tensor: # (B, V)
     "Sharpen (below 1) or flatten (above 1) the distribution"
-    return (logits - logits.amax(-1, keepdim=True)) / temperature
+    return (logits - logits.amax(-1, keepdim=True)) / min(max(temperature, 1e-30), 1e30)
 
 # %% ../../nbs/3_inference/01_sampling.ipynb #903b060c
 def _keep_top_k(
@@ -46,7 +46,7 @@ def _keep_top_p(
     ordered, order = logits.sort(descending=True, stable=True)
     probs = ordered.softmax(-1)
     ahead = probs.cumsum(-1) - probs
-    return logits.masked_fill((ahead >= p).gather(-1, order.argsort(-1)), -math.inf)
+    return logits.masked_fill(((ahead > 0) & (ahead >= p)).gather(-1, order.argsort(-1)), -math.inf)
 
 # %% ../../nbs/3_inference/01_sampling.ipynb #9f654407
 def _keep_min_p(
@@ -95,7 +95,10 @@ class SampleConfig:
         expect('top_k', lambda k: k is None or k >= 1, '1 or more, or none')
         for name in ('top_p', 'min_p'):
             expect(name, lambda p: p is None or 0 < p <= 1, 'above 0 and at most 1, or none')
-        expect('repetition_penalty', lambda r: 0 < r < math.inf, 'above 0; 1 changes nothing')
+        within = 'from 1e-30 to 1e30; 1 changes nothing'  # beyond, float32 has no such numbers
+        expect('repetition_penalty', lambda r: 1e-30 <= r <= 1e30, within)
+        bits = 'a whole number of 64 bits at most, or none'
+        expect('seed', lambda s: s is None or -2**63 <= s < 2**64, bits)
 
 # %% ../../nbs/3_inference/01_sampling.ipynb #d007b9aa
 def sample_next(
@@ -194,12 +197,14 @@ def _uniform(config, max_new, n, device='cpu'):
     return torch.rand(max_new, n, generator=g).to(device)
 
 # %% ../../nbs/3_inference/01_sampling.ipynb #3df01b57
-def _check_room(longest, model, max_new):
+def _n_steps(shortest, longest, model, max_new):
+    "How many tokens can follow prompts: `max_new`, or as many as the context has places for"
     context = model.cfg.context
-    check(longest >= 1, 'the prompt is empty; give at least one token to continue from')
+    check(shortest >= 1, 'the prompt is empty; give at least one token to continue from')
     check(longest <= context, f'the prompt has {longest} tokens, but the model reads at most '
                               f'context = {context}; shorten the prompt')
     check(max_new >= 1, f'max_new = {max_new}: expected 1 or more')
+    return min(max_new, context + 1 - shortest)
 
 # %% ../../nbs/3_inference/01_sampling.ipynb #7e415e14
 def _stops(eos): return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
@@ -231,12 +236,14 @@ def generate(
     check(ids.ndim == 2 and len(ids),
           f'ids has the shape {tuple(ids.shape)}; expected rows of tokens (B, T)')
     longest = ids.shape[1] if doc is None else int((doc >= 0).sum(1).max())
-    _check_room(longest, model, max_new)
+    shortest = longest if doc is None else int((doc == doc[:, -1:]).sum(1).min())
+    n = _n_steps(shortest, longest, model, max_new)
+    check(max_new <= 10**7, f'max_new = {max_new}: expected at most {10**7}, all of it is returned')
     check(doc is None or bool((doc[:, -1] >= 0).all()),
           'doc ends with padding (-1); rows to be continued are padded on the left')
-    u, last = _uniform(config, max_new, len(ids), ids.device), slice(-model.cfg.context, None)
+    u, last = _uniform(config, n, len(ids), ids.device), slice(-model.cfg.context, None)
     steps = _decoder(cache)(model, ids[:, last], None if doc is None else doc[:, last],
-                            max_new, config, _stops(eos), u)
+                            n, config, _stops(eos), u)
     new = _all_steps(steps, max_new)
     return torch.cat([ids, new.where(new >= 0, pad)], 1)
 
@@ -251,10 +258,10 @@ def stream(
 ) -> Iterator[int]:
     "Yield new ids as they are chosen, the same as `generate` gives"
     config = SampleConfig(**sampling)
-    _check_room(len(ids), model, max_new)
+    n = _n_steps(len(ids), len(ids), model, max_new)
     row = torch.tensor([list(ids)], device=next(model.parameters()).device)
-    u = _uniform(config, max_new, 1, row.device)
-    for new in _decoder(cache)(model, row, None, max_new, config, _stops(eos), u):
+    u = _uniform(config, n, 1, row.device)
+    for new in _decoder(cache)(model, row, None, n, config, _stops(eos), u):
         if new.item() < 0: return
         yield int(new.item())
 
@@ -278,16 +285,18 @@ def generate_batch(
 ) -> list[list[int]]: # the new ids of each prompt, without eos
     "Continue many prompts, batched by length. `UserError` if one is empty or too long"
     config, stops, device = SampleConfig(**sampling), _stops(eos), next(model.parameters()).device
-    for p in prompts: _check_room(len(p), model, max_new)
-    u = _uniform(config, max_new, len(prompts), device)
+    check(batch_size >= 1, f'batch_size = {batch_size}: expected 1 or more')
     out:list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if not order: return out
+    n = _n_steps(len(prompts[order[0]]), len(prompts[order[-1]]), model, max_new)
+    u = _uniform(config, n, len(prompts), device)
     for start in range(0, len(order), batch_size):
         mine = order[start:start+batch_size]
         ids, doc = (t.to(device) for t in _pad_left([prompts[i] for i in mine], pad))
         equal = bool((doc == 0).all())  # plain causal attention is enough
-        steps = _decoder()(model, ids, None if equal else doc, max_new, config, stops,
+        steps = _decoder()(model, ids, None if equal else doc, n, config, stops,
                            None if u is None else u[:, mine])
-        for i, row in zip(mine, _all_steps(steps, max_new).tolist()):
+        for i, row in zip(mine, _all_steps(steps, n).tolist()):
             out[i] = [t for t in row if t >= 0]
     return [ids[:-1] if ids and ids[-1] in stops else ids for ids in out]

@@ -49,10 +49,34 @@ def test_the_impossible_is_never_drawn(p, u):
 
 @pytest.mark.parametrize('bad', [
     dict(temperature=-1), dict(temperature=math.nan), dict(top_k=0), dict(top_p=0),
-    dict(top_p=90), dict(min_p=2), dict(repetition_penalty=0)])
+    dict(top_p=90), dict(min_p=2), dict(repetition_penalty=0), dict(repetition_penalty=1e300),
+    dict(temperature=math.inf), dict(top_k=-1), dict(seed=10**20), dict(seed=-2**63 - 1)])
 def test_impossible_settings(model, bad):
     one = torch.ones(1, 1, dtype=torch.long)
     with pytest.raises(UserError, match=next(iter(bad))): generate(model, one, 1, **bad)
+
+
+POSITIVE = st.floats(5e-324, 1.7e308)  # all there are
+SHARE = st.none() | st.floats(5e-324, 1)
+EXTREMES = dict(
+    temperature=st.just(0.) | POSITIVE, top_k=st.none() | st.integers(1, 2**70), top_p=SHARE,
+    min_p=SHARE, repetition_penalty=st.floats(1e-30, 1e30))
+
+@settings(max_examples=300, deadline=None)
+@given(st.fixed_dictionaries(EXTREMES), st.integers(0, 2**32), st.floats(1e-3, 1e4))
+def test_every_setting_that_is_accepted_chooses_a_possible_token(how, seed, scale):
+    g = torch.Generator().manual_seed(seed)
+    z, seen = torch.randn(4, 9, generator=g) * scale, torch.rand(4, 9, generator=g) < .5
+    z[:, 3] = -math.inf
+    new = S.sample_next(z, S.SampleConfig(**how), seen, torch.rand(4, generator=g))
+    assert ((0 <= new) & (new < 9) & (new != 3)).all()
+
+
+@pytest.mark.parametrize('seed', [-2**63, -1, 0, 2**63, 2**64 - 1])
+def test_every_seed_of_64_bits_serves(model, seed):
+    one = torch.ones(1, 1, dtype=torch.long)
+    a, b = (generate(model, one, 5, temperature=1., seed=seed) for _ in range(2))
+    assert torch.equal(a, b)
 
 # one truth, whatever the way
 
@@ -167,6 +191,17 @@ def test_full_prompt_gets_one_token(model, decoder):
     assert (out[0, 24:] >= 0).tolist() == [True, False, False, False, False]
 
 
+@pytest.mark.parametrize('how', [dict(), dict(temperature=1., seed=3)])
+def test_a_wish_beyond_the_context_costs_and_changes_nothing(model, decoder, how):
+    rows, most = prompts(), 10**15
+    wished = generate_batch(model, rows, most, **how)
+    assert wished == generate_batch(model, rows, 24, **how)
+    assert [len(new) for new in wished] == [25 - len(row) for row in rows]
+    assert [*stream(model, rows[0], most, **how)] == [*stream(model, rows[0], 24, **how)]
+    ids, doc = S._pad_left(rows[:2])
+    assert generate(model, ids, 10**6, doc=doc, **how).shape == (2, ids.shape[1] + 10**6)
+
+
 @pytest.mark.parametrize('call, words', [
     (lambda m: generate(m, torch.ones(2, 25, dtype=torch.long), 1), '25 tokens.*context = 24'),
     (lambda m: generate(m, torch.ones(1, 0, dtype=torch.long), 1), 'empty'),
@@ -175,6 +210,9 @@ def test_full_prompt_gets_one_token(model, decoder):
      'padded on the left'),
     (lambda m: [*stream(m, [1]*25, 1)], '25 tokens'),
     (lambda m: generate_batch(m, [[1], []], 1), 'empty'),
+    (lambda m: generate(m, torch.ones(1, 3, dtype=torch.long), 10**12), 'max_new = 10000*: expec'),
+    (lambda m: [*stream(m, [1], -3)], 'max_new = -3'),
+    (lambda m: generate_batch(m, [[1]], 1, batch_size=0), 'batch_size = 0'),
     (lambda m: generate_batch(m, [[1], [1]*25], 1), '25 tokens'),
 ])
 def test_mistakes(model, call, words):

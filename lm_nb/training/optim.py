@@ -213,10 +213,12 @@ class OptimConfig:
         for k, options in dict(optimizer=('muon', 'adamw'), schedule=('wsd', 'cosine')).items():
             hint = nearest(str(getattr(self, k)), options)
             each(k, options.__contains__, f'expected {" or ".join(options)}{hint}')
-        each('lr muon_lr', lambda x: 0 < x < math.inf, 'expected a number above 0')
+        each('lr muon_lr', lambda x: 0 < x <= 1, 'expected a number above 0 and at most 1')
         each('beta1 beta2 momentum', lambda x: 0 <= x < 1, 'expected at least 0 and below 1')
         each('cooldown final_lr', lambda x: 0 <= x <= 1, 'expected a share from 0 to 1')
         each('weight_decay warmup', lambda x: 0 <= x < math.inf, 'expected 0 or more')
+        top = 1 / max(self.lr or 0, self.muon_lr or 0, 1e-9)
+        each('weight_decay', lambda x: x <= top, f'expected at most {top:.4g}, 1 / rate')
 
 # %% ../../nbs/4_training/01_optim.ipynb #63303115
 def make_optimizers(

@@ -72,7 +72,10 @@ def launch(
     timeout:float=600, # seconds after which a rank that does not answer is given up
     show:Callable[[str], object]=print, # called with each line that the ranks write
 ) -> int: # exit status; 0 if all ranks ended well
-    "Start ranks as `torchrun` does and show what they write; Ctrl-C is passed on to them"
+    """Start ranks as `torchrun` does and show what they write; Ctrl-C is passed on to them.
+    `UserError` for more than this machine can hold"""
+    most = max(8, 4 * (os.cpu_count() or 1))
+    check(1 <= nproc <= most, f'nproc = {nproc}: expected 1 to {most} ranks on this machine')
     p = subprocess.Popen(
         _launch_command(what, argv, nproc, max_restarts), env=_launch_env(nproc, timeout),
         start_new_session=True, text=True, encoding='utf-8', errors='replace',
@@ -155,7 +158,11 @@ def init_ranks(
         # lines do not mix
         if isinstance(out, io.TextIOWrapper): out.reconfigure(line_buffering=True)
     rank, local_rank, world = (int(os.environ[k]) for k in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))
-    if device.type == 'cuda': torch.cuda.set_device(local_rank)
+    if device.type == 'cuda':
+        there = torch.cuda.device_count()
+        check(local_rank < there, f'rank {rank}: wants GPU {local_rank}, but this machine has '
+              f'{there}; start as many ranks as there are GPUs')
+        torch.cuda.set_device(local_rank)
     backend = 'nccl' if device.type == 'cuda' else 'gloo'
     if not dist.is_initialized(): dist.init_process_group(backend, timeout=_timeout(timeout))
     return _DistributedRanks(rank, local_rank, world, device=device)

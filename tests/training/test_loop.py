@@ -2,6 +2,7 @@
 import pytest, torch
 import torch.nn.functional as F
 
+from lm_nb.core import UserError
 from lm_nb.data.shards import IGNORE, Batch
 from lm_nb.model.gpt import GPT, GPTConfig
 from lm_nb.training.loop import (
@@ -140,6 +141,18 @@ class Pair(Ranks):
     def sum(self, t): return 2 * t
 
 
+@pytest.mark.parametrize('form', [
+    lambda x, y: (x, y), lambda x, y: [x, y], lambda x, y: [(x, y)], lambda x, y: Batch(x, y),
+    lambda x, y: [(x[:2], y[:2]), [x[2:], y[2:]]]], ids='pair list micro batch several'.split())
+def test_plain_tensors_are_a_batch(form):
+    def plain(step):
+        (whole,) = together(step)
+        return form(whole.x, whole.y)
+    a, b = small(), small()
+    la, lb = steps_of(a, together, 3), steps_of(b, plain, 3)
+    assert lb == pytest.approx(la, rel=1e-5) and apart(a, b) < 2e-5 and apart(a, small()) > 1e-3
+
+
 def test_what_ranks_average_is_undone():
     a, b = small(), small()
     la = steps_of(a, uneven, 4)
@@ -196,3 +209,27 @@ def test_the_scale_of_fp16_begins_smaller_for_larger_sums():
         scales = [grad_scaler(half, n).state_dict()['scale'] for n in (1024, 2560, 2**19)]
         assert scales == [2.**6, 2.**5, 2.**-3]
     assert not grad_scaler(Runtime(), 1024).is_enabled()
+
+
+# --- values that cannot work
+
+@pytest.mark.parametrize('key, values, said', [
+    ('tokens', (0, -1), 'must be positive'), ('tokens', (10**30,), 'expected at most'),
+    ('batch_tokens', (0, -5), 'must be positive'), ('batch_tokens', (2**31,), 'expected less'),
+    ('tokens', (95,), 'is less than one batch; batch_tokens = 96'),
+    *[(k, (0, -1), 'must be positive') for k in ('log_every', 'keep_last', 'micro_rows')],
+    *[(k, (-1,), 'must not be negative') for k in ('eval_every', 'save_every', 'skip_bad')],
+    ('clip', (-1., float('nan')), 'must not be negative'),
+    ('lr', (1e9, float('inf'), float('nan'), 0.), 'expected a number above 0 and at most 1'),
+    ('device', ('gpu', 'cuda:', 'cuda:x', ''), 'expected auto, cpu, cuda, cuda:N or mps'),
+    ('dtype', ('fp8', 'fp16'), 'fp16'), ('parallel', ('dpp',), 'did you mean')])
+def test_values_that_cannot_work_are_named_when_they_are_read(key, values, said):
+    for value in values:
+        own = dict(tokens=2**40) if key == 'batch_tokens' else {}
+        with pytest.raises(UserError) as e: cfg(3, **{**own, key: value})
+        assert f'{key} = {value}' in str(e.value) and said in str(e.value)
+        assert '\n' not in str(e.value)
+
+
+def test_values_at_the_edge_work():
+    assert cfg(1, tokens=2**53, batch_tokens=2**31 - 1, lr=1., clip=0, device='cuda:3').steps > 0

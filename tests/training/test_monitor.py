@@ -10,7 +10,8 @@ from lm_nb.core import UserError, read_json
 from lm_nb.model.estimate import flops_per_token
 from lm_nb.training.loop import Ranks, Runtime, Step, training_steps
 from lm_nb.training.monitor import (
-    _AsyncFlag, Meter, NonFiniteGuard, RunLog, explain_oom, is_due, plot_run, read_log, stop_flag)
+    _append, _AsyncFlag, Meter, NonFiniteGuard, RunLog, explain_oom, is_due, plot_run, read_log,
+    stop_flag)
 from lm_nb.training.optim import make_optimizers
 
 PACKAGE = Path(lm_nb.__file__).resolve().parent.parent
@@ -105,19 +106,66 @@ def test_a_log_is_cut_back_to_where_a_run_goes_on(tmp_path):
 
 def test_only_the_first_rank_writes(tmp_path):
     with RunLog(tmp_path/'none', on=False) as log:
-        log.scalars(1, loss=1.), log.text(1, 'sample', 'x'), log.hparams({}, {})
+        log.scalars(1, loss=1.), log.text(1, 'sample', 'x'), log.hparams({})
+        log.figure(1, 'x', None), log.note('x', ValueError())
     assert not (tmp_path/'none').exists()
 
 
 def test_tensorboard_has_points_and_recipe(tmp_path):
     pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from matplotlib.figure import Figure
+    from tensorboard.plugins.hparams import metadata
     with RunLog(tmp_path) as log:
-        for s in (1, 2): log.scalars(s, loss=float(s))
-        log.hparams(dict(lr=.1, name='x', nothing=None), dict(loss=2.))
+        log.hparams(dict(lr=.1, recipe='x', beta1=.9, seed=None))
+        for s in (1, 2): log.scalars(s, loss=float(s), own=1.)
+        log.text(2, 'sample', 'a lone \ud800')
+        log.figure(2, 'picture', Figure(figsize=(2, 1)))
+    with RunLog(tmp_path, start=1) as log: log.scalars(2, loss=7.)
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert [(e.step, e.value) for e in events.Scalars('loss')] == [(1, 1.), (2, 2.)]
-    assert any('hparams' in t for t in events.summary_metadata)
+    assert [(e.step, e.value) for e in events.Scalars('loss/train')] == [(1, 1.), (2, 7.)]
+    assert set(events.Tags()['scalars']) == {'loss/train', 'more/own'}
+    begun = events.summary_metadata['_hparams_/session_start_info'].plugin_data.content
+    assert set(metadata.parse_session_start_info_plugin_data(begun).hparams) == {'lr', 'recipe'}
+    assert len(list(tmp_path.rglob('events*'))) == len(list(tmp_path.glob('events*'))) == 2
+
+
+def test_a_picture_keeps_its_size(tmp_path):
+    pytest.importorskip('tensorboard')
+    from matplotlib.figure import Figure
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    with RunLog(tmp_path) as log: log.figure(3, 'picture', Figure(figsize=(2, 1), dpi=100))
+    (image,) = EventAccumulator(str(tmp_path)).Reload().Images('picture')
+    assert (image.step, image.width, image.height) == (3, 200, 100)
+    assert image.encoded_image_string[1:4] == b'PNG'
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='needs a limit on the size of files')
+def test_what_is_appended_is_all_there_or_not_at_all(tmp_path):
+    import resource
+    path = tmp_path/'log.jsonl'
+    _append(path, b'{"step": 1}\n')
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))  # the first bytes still fit
+    try:
+        with pytest.raises(OSError): _append(path, b'{"step": 2}\n')
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == b'{"step": 1}\n'
+
+
+@pytest.mark.parametrize('bad', ['log.jsonl', 'samples.md', 'events'])
+def test_points_wait_for_room_in_their_order(tmp_path, monkeypatch, capsys, bad):
+    def write(folder, full=()):
+        now = 0
+        def append(path, data):
+            if now in full and path.name.startswith(bad): raise OSError(28, 'No space left')
+            _append(path, data)
+        monkeypatch.setattr('lm_nb.training.monitor._append', append)
+        with RunLog(folder) as log:
+            for now in range(1, 9): log.scalars(now, loss=1./now), log.text(now, 'sample', f'{now}')
+        return [(folder/n).read_text() for n in ('log.jsonl', 'samples.md')]
+    assert write(tmp_path/'a') == write(tmp_path/'b', full=(2, 3, 6))
+    assert capsys.readouterr().out.count('the run goes on') == 1
 
 
 def test_curves_of_several_runs_are_drawn_over_each_other(tmp_path):

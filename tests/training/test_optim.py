@@ -352,7 +352,11 @@ def test_set_lr_reaches_every_group_and_is_no_product_of_itself():
     (dict(beta1=1.0), 'beta1 = 1.0'), (dict(momentum=-0.1), 'momentum = -0.1'),
     (dict(cooldown=2), 'cooldown = 2: expected a share'),
     (dict(final_lr=-0.5), 'final_lr = -0.5'), (dict(warmup=-1), 'warmup = -1'),
-    (dict(weight_decay=-1), 'weight_decay = -1')])
+    (dict(weight_decay=-1), 'weight_decay = -1'),
+    (dict(lr=1e9), 'lr = 1000000000.0: expected a number above 0 and at most 1'),
+    (dict(muon_lr=20), 'muon_lr = 20: expected a number above 0 and at most 1'),
+    (dict(weight_decay=1e3), 'weight_decay = 1000.0: expected at most 50'),
+    (dict(weight_decay=math.nan), 'weight_decay = nan')])
 def test_impossible_values_are_named(kw, told):
     with pytest.raises(UserError) as e: OptimConfig(**kw)
     assert told in str(e.value) and '\n' not in str(e.value)

@@ -214,6 +214,11 @@ def test_a_hundred_runs_on_two_ranks_end_with_status_0(tmp_path):
             tally.add(status == 0, lines[-5:])
 
 
+@pytest.mark.parametrize('nproc', [0, -1, 1000, 10**9])
+def test_as_many_ranks_as_a_machine_can_hold(nproc):
+    with pytest.raises(UserError, match=f'nproc = {nproc}: expected 1 to'): launch(WORK, [], nproc)
+
+
 def test_ranks_that_differ_in_their_micro_batches_are_told_and_nobody_waits(tmp_path):
     t0 = time.time()
     status, lines = start(tmp_path, [dict(do='uneven')], 2)

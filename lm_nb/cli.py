@@ -14,8 +14,8 @@ from itertools import takewhile
 from pathlib import Path
 
 from .core import (
-    UserError, check, kind_words, nearest, parse, part_keys, parts, read_settings, root,
-    config_texts)
+    Table, UserError, check, config_texts, json_text, nearest, notice, packed, parse_key, part_keys,
+    parts, recipe_names, root)
 
 # %% ../nbs/cli.ipynb #8e3cd85e
 _USAGE = '''lm-nb COMMAND RECIPE [key=value …]
@@ -30,8 +30,10 @@ _USAGE = '''lm-nb COMMAND RECIPE [key=value …]
   generate   let a model continue a text
   chat       talk to the fine-tuned model
   recipe     show all keys of a recipe
+  init       put a settings.ini of one's own into this folder
   plan       what a run will take: parameters, memory, hours
   profile    where a training step's time goes
+  board      watch the curves of all runs, or of one, in TensorBoard
   fetch      get a public corpus
   bench      measure speed and memory on this machine
 
@@ -41,16 +43,17 @@ _USAGE = '''lm-nb COMMAND RECIPE [key=value …]
   lm-nb COMMAND --help                         what a command takes
 
 Every stage that a recipe lists in stages= is a command, too. A run lives in
-runs/RECIPE unless run_dir=… says otherwise; a stopped run goes on with the
-same command. Recipes of settings.ini:
+runs/RECIPE unless run_dir=… says otherwise. A stopped run goes on with what it
+was begun with:  lm-nb run RECIPE, or the run's folder in the place of RECIPE.
+Recipes of settings.ini:
 
 {recipes}'''
 
 # %% ../nbs/cli.ipynb #722ff010
 def _recipes():
     "The names of all recipes, for the help text"
-    try: return ', '.join(read_settings())
-    except UserError: return '(no settings.ini here)'
+    try: return ', '.join(recipe_names())
+    except UserError as e: return f'({e})'
 
 # %% ../nbs/cli.ipynb #a37be2f1
 def _fill(text, first='', rest='', width=None):
@@ -62,88 +65,171 @@ def _fill(text, first='', rest='', width=None):
     return lines.replace('\xa0', ' ')
 
 # %% ../nbs/cli.ipynb #06265969
-def _load(name, pairs):
-    "The recipe, with the pairs put in"
+def _folder(name, pairs):
+    "Where the run is; `name` is a recipe's, or the absolute path of a run's folder"
+    folder = Path(pairs.pop('run_dir', None) or root()/'runs'/name)
+    try: str(folder.absolute()).encode()
+    except UnicodeEncodeError:  # TensorBoard cannot open such a file
+        raise UserError(f'run_dir = {folder}: the name is not UTF-8; choose another run_dir=, or '
+                        'set PYTHONUTF8=1 if it is') from None
+    return folder
+
+def _is_run(word): # the absolute path of a run's folder?
+    return Path(word).is_absolute() and (Path(word)/'recipe.json').is_file()
+
+def _words(pairs): return [f'{k}={v}' for k, v in pairs.items()]
+
+# %% ../nbs/cli.ipynb #9e8ee27c
+def _begun(folder):
+    "Whether something was made of the recipe in a folder, other than what is read"
+    if not (folder/'recipe.json').is_file(): return False
+    made = {p.name for p in folder.iterdir() if p.name[0] != '.'}
+    return not made <= {'recipe.json', 'results.json', 'sources.json', 'corpus', 'text', 'records'}
+
+# %% ../nbs/cli.ipynb #b1999907
+def _say_changes(folder, recipe, pairs):
+    "A notice if `settings.ini` has other values than a run that goes on"
     from lm_nb.training.recipe import load_recipe
-    return load_recipe(name, [f'{k}={v}' for k, v in pairs.items()])
+    from lm_nb.training.run import RUNTIME_KEYS, differing
+    try: now = load_recipe(recipe.name, _words(pairs))
+    except UserError: return  # gone, or made of the words of an earlier command
+    odd = [line for line in differing(recipe.as_dict(), now.as_dict())
+           if line.split(':')[0].split('.')[-1] not in RUNTIME_KEYS]
+    more = f'; and {len(odd) - 3} more' if len(odd) > 3 else ''
+    if odd: notice(f'{folder} goes on with its recipe.json; settings.ini has other values: '
+                   f'{"; ".join(odd[:3])}{more}')
+
+# %% ../nbs/cli.ipynb #43fa365b
+def _resume(folder, pairs):
+    "The recipe of a run that goes on"
+    from lm_nb.training.recipe import resume_recipe
+    recipe = resume_recipe(folder, _words(pairs))
+    _say_changes(folder, recipe, pairs)
+    return recipe
+
+# %% ../nbs/cli.ipynb #751c8c6b
+def _load(name, pairs, folder=None):
+    "The recipe, with the pairs put in; that of the run in `folder` if there is one"
+    from lm_nb.training.recipe import load_recipe, recorded_recipe
+    if Path(name).is_absolute():
+        check(_is_run(name), f'{name}: is no folder of a run (there is no recipe.json)')
+        return _resume(Path(name), pairs)
+    if folder is None: return load_recipe(name, _words(pairs))
+    if not _begun(folder):
+        try: return load_recipe(name, _words(pairs))
+        except UserError:
+            if not (folder/'recipe.json').is_file(): raise
+    there = recorded_recipe(folder).name
+    check(there == name, f'{folder}: holds the run of another recipe, {there}; choose another '
+          f'run_dir=, or go on with it:  lm-nb run {folder}')
+    return _resume(folder, pairs)
 
 # %% ../nbs/cli.ipynb #7a459ab7
 def _open(name, pairs):
     "The run of a recipe"
     from lm_nb.training.run import Run
-    run_dir = pairs.pop('run_dir', None)
-    return Run(_load(name, pairs), run_dir)
+    folder = _folder(name, pairs)
+    return Run(_load(name, pairs, folder), folder)
+
+# %% ../nbs/cli.ipynb #c0a1d2e4
+def _given(folder):
+    "The words that a recorded recipe was begun with, as far as `settings.ini` does not say them"
+    from lm_nb.training.recipe import _as_text, _flatten, load_recipe, recorded_recipe
+    recipe = recorded_recipe(folder)
+    try: plain = _flatten(load_recipe(recipe.name).as_dict())
+    except UserError: plain = {}
+    return [f'{k}={_as_text(v)}' for k, v in _flatten(recipe.as_dict()).items()
+            if k not in ('name', 'control') and (k not in plain or plain[k] != v)]
 
 # %% ../nbs/cli.ipynb #e874323b
 def _run(name, pairs):
-    """RECIPE [key=value …]: the whole job: data, then each stage and its measurements. What is done
-    already is kept. lm-nb recipe RECIPE shows the keys"""
+    """RECIPE|FOLDER [key=value …]: the whole job: data, then each stage and its measurements. What
+    is done already is kept, and a run that has begun needs no keys. lm-nb recipe RECIPE shows
+    them"""
     from lm_nb.workbook import report, run_all
-    overrides = [f'{k}={v}' for k, v in pairs.items() if k != 'run_dir']
     run = _open(name, pairs)
-    results = run_all(run, overrides, log=lambda text: print(f'• {text}', file=sys.stderr))
-    print(report(results, run.folder))
+    begun = [f for f in (run.folder/'control', run.folder) if _begun(f)][:1]
+    words = [*(word for folder in begun for word in _given(folder)), *_words(pairs)]
+    print(report(run_all(run, words, log=notice), run.folder))
 
 # %% ../nbs/cli.ipynb #573e1689
 def _tokenizer(name, pairs):
-    "RECIPE [key=value …]: train the tokenizer of a run"
+    "RECIPE|FOLDER [key=value …]: train the tokenizer of a run"
+    from lm_nb.training.stage import exclusive_run
     run = _open(name, pairs)
-    print(f'{len(run.tokenizer)} pieces in {run.folder/"tokenizer"/"tokenizer.model"}')
+    with exclusive_run(run): n = len(run.tokenizer)
+    print(f'{n} pieces in {run.folder/"tokenizer"/"tokenizer.model"}')
 
 # %% ../nbs/cli.ipynb #4fa7551e
 def _train(stage, name, pairs):
-    """RECIPE [key=value …]: run this stage, and prepare what it needs; with torchrun on several
-    ranks"""
+    """RECIPE|FOLDER [key=value …]: run this stage, and prepare what it needs; with torchrun on
+    several ranks"""
     from lm_nb.core import pick_device
     from lm_nb.training.ranks import init_ranks, lost_ranks
     from lm_nb.training.recipe import find_stage
     from lm_nb.training.run import Run
     from lm_nb.training.stage import run_stage
-    run_dir = pairs.pop('run_dir', None)
-    recipe = _load(name, pairs)
-    check(stage in recipe.configs, f"recipe {name} has no stage '{stage}'; add it to stages=")
+    folder = _folder(name, pairs)
+    recipe = _load(name, pairs, folder)
+    check(stage in recipe.configs, f"recipe {recipe.name} has no stage '{stage}'; add it to "
+          'stages=')
     ranks = init_ranks(pick_device(recipe.configs[stage].device))
-    ranks.on_rank0(lambda: Run(recipe, run_dir))
-    run = Run(recipe, run_dir)
+    ranks.on_rank0(lambda: Run(recipe, folder))
+    run = Run(recipe, folder)
     with lost_ranks(ranks): run_stage(run, stage, ranks)
     output = find_stage(stage).output
     if ranks.first: print(f'{output} model in {run.folder/output}')
 
+# %% ../nbs/cli.ipynb #c0a1d2e5
+def _loss_row(name, m):
+    cells = [m.get(k) for k in ('loss', 'perplexity', 'bits_per_byte')]
+    return [name, *('' if x is None else f'{x:.3f}' for x in cells), f'{m.get("targets", 0):,}']
+
+def _score_tables(out):
+    "What was measured of each model, as tables: losses, right answers by task, other shares"
+    from lm_nb.workbook import results_table
+    found = [(model, name, m) for model, measures in out.items() for name, m in measures.items()
+             if isinstance(m, dict)]
+    losses = [_loss_row(f'{model} {name}', m) for model, name, m in found if 'loss' in m]
+    shares = [[f'{model} {name}, {task}', s['n'], f'{100*s["share"]:.1f}']
+              for model, name, m in found if name not in ('zero_shot', 'few_shot', 'exact')
+              for task, s in m.items() if isinstance(s, dict) and 'share' in s]
+    tables = [Table(['held out', 'loss', 'perplexity', 'bits per byte', 'tokens'], losses),
+              results_table(out), Table(['other shares', 'of', '%'], shares)]
+    return [table for table in tables if table.rows]
+
 # %% ../nbs/cli.ipynb #40b19122
 def _evaluate(name, pairs):
-    "RECIPE [run_dir=…] [device=…]: measure the models of a run"
-    import json
+    "RECIPE|FOLDER [device=…] [json=true]: measure the models of a run, as tables or as JSON"
     from lm_nb.training.recipe import find_stage
     from lm_nb.training.run import Run
     from lm_nb.workbook import evaluate_stage
-    folder, out = Path(pairs.get('run_dir') or root()/'runs'/name), {}
-    known = pairs.keys() <= {'run_dir', 'device'} and (folder/'recipe.json').exists()
-    run = Run.open(folder) if known else _open(name, pairs)
+    as_json = parse_key('json', pairs.pop('json', 'false'), bool)
+    device, folder, out = pairs.pop('device', None), _folder(name, pairs), {}
+    check((folder/'recipe.json').is_file() or name not in recipe_names(),
+          f'{folder}: there is no run here; run  lm-nb run {name}  first')
+    run = Run(_load(name, pairs, folder), folder)
     for stage in run.recipe.stage_names:
         output = find_stage(stage).output
-        if (run.folder/output).exists():
-            out[output] = evaluate_stage(run, stage, pairs.get('device'))
+        if (run.folder/output).exists(): out[output] = evaluate_stage(run, stage, device)
     check(out, f'{folder}: there is no model yet; run  lm-nb run {name}  first')
-    print(json.dumps(out, ensure_ascii=False, indent=1))
+    tables = '\n\n'.join(map(str, _score_tables(out)))
+    print(json_text(out, indent=1) if as_json or not tables else tables)
 
 # %% ../nbs/cli.ipynb #fcb5e1be
 def _of_files(files):
     "Which of the files are text and which are instructions, as keys of a recipe"
-    from lm_nb.data.corpus import find_files, has_instructions
+    from lm_nb.data.sources import find_files, join_sources
+    from lm_nb.data.corpus import has_instructions
     kinds = {'text': [], 'instructions': []}
     for f in files:
         find_files(f)
         kinds['instructions' if has_instructions(f) else 'text'].append(str(Path(f).resolve()))
-    return {k: ' '.join(v) for k, v in kinds.items()}
+    return {k: join_sources(v) for k, v in kinds.items() if v}
 
-# %% ../nbs/cli.ipynb #1fd10f83
-def _shards(words, pairs):
-    """RECIPE|FILE … [key=value …]: write token files: text as one long row, instructions packed
-    into rows"""
-    if words[0] not in read_settings() or len(words) > 1:
-        folder = root()/'runs'/Path(words[0]).name.split('.')[0]
-        pairs = {'run_dir': str(folder), 'context': '1024', **_of_files(words), **pairs}
-    run = _open('own' if 'text' in pairs or 'instructions' in pairs else words[0], pairs)
+# %% ../nbs/cli.ipynb #c0a1d2e6
+def _write_shards(run):
+    "The token files of a run, and a line on each"
     for s in [*run.shards.train, run.shards.valid] if run.recipe.data.text else []:
         print(f'{s.path.name}: {len(s):,} tokens, {s.n_docs:,} documents, {s.text_bytes:,} bytes '
               f'in {s.path}')
@@ -152,108 +238,235 @@ def _shards(words, pairs):
     for s in run.packed.values() if run.recipe.data.instructions else []:
         print(said.format(s.path.name, s.path, **s.index))
 
+# %% ../nbs/cli.ipynb #1fd10f83
+def _shards(words, pairs):
+    """RECIPE|FOLDER|FILE … [key=value …]: write token files: text as one long row, instructions
+    packed into rows"""
+    from lm_nb.training.stage import exclusive_run
+    name = words[0]
+    if len(words) > 1 or not (name in recipe_names() or _is_run(name)):
+        folder, name = root()/'runs'/Path(name).name.split('.')[0], 'own'
+        pairs = {'run_dir': str(folder), 'context': '1024', **_of_files(words), **pairs}
+    run = _open(name, pairs)
+    with exclusive_run(run): _write_shards(run)
+
 # %% ../nbs/cli.ipynb #82e90ac2
 def _keys(cls, pairs, **kinds):
     "The pairs as values of the kinds that `cls` and `kinds` declare"
     kinds, out = {**(part_keys(cls) if cls else {}), **kinds}, {}
     for k, v in pairs.items():
         check(k in kinds, f"unknown key '{k}'{nearest(k, kinds)}; there are: {', '.join(kinds)}")
-        try: out[k] = parse(v, kinds[k])
-        except ValueError: raise UserError(f'{k} = {v}: expected {kind_words(kinds[k])}') from None
+        out[k] = parse_key(k, v, kinds[k])
     return out
 
 # %% ../nbs/cli.ipynb #77788222
 def _corpus(words, pairs):
-    """report FILE … [field=…] [separator=line|blank|file] [errors=replace] […]: read files to the
-    end and say what is in them and what cleaning would leave out"""
+    """report FILE … [field=…] [fields=…] [format=…] [separator=…] [encoding=…] [errors=…] […]:
+    read files to the end and say what is in them and what cleaning would leave out"""
     check(words[0] == 'report', f"lm-nb corpus: '{words[0]}'? There is one thing to ask for:  "
           'lm-nb corpus report FILE …')
     check(words[1:], 'lm-nb corpus report: which files?')
     from lm_nb.data.cleaning import CleanConfig, RuleStats
+    from lm_nb.data.sources import ReadConfig
     from lm_nb.data.dedup import find_contamination, read_documents
     from lm_nb.data.instructions import read_instructions
     from lm_nb.data.survey import corpus_report
     questions = pairs.pop('questions', None)
-    keys = _keys(CleanConfig, pairs, field=str, format=str, separator=str, errors=str)
-    how = {k: keys.pop(k) for k in ('field', 'format', 'separator', 'errors') if k in keys}
-    cfg, errors, stats = CleanConfig(**keys), how.get('errors', 'strict'), RuleStats()
-    def texts(source, **counts):
-        return read_documents(source, cfg=cfg, stats=stats, **how, **counts)
-    def instructions(source, report, tick):
-        return (e.text for e in read_instructions(source, report, errors, tick))
-    print(corpus_report(words[1:], texts, instructions))
+    keys = _keys(CleanConfig, pairs, **part_keys(ReadConfig))
+    how = {k: keys.pop(k) for k in part_keys(ReadConfig) if k in keys}
+    cfg, stats = CleanConfig(**keys), RuleStats()
+    texts = partial(read_documents, cfg=cfg, stats=stats)
+    def instructions(source, **counts): return (e.text for e in read_instructions(source, **counts))
+    report = corpus_report(words[1:], texts, instructions, **how)
+    print(report)
     if stats.examples: print(f'\nwhat the rules changed or dropped\n{stats}')
+    stopped = '; '.join(report.stopped().values())
+    check(not stopped, stopped[:600])
+    check(report.total().kept, 'nothing in these files can be trained on')
     if not questions: return
     asked = [e.prompt for e in read_instructions(questions)]
-    print(find_contamination(asked, (d for f in words[1:] for d in texts(f))))
+    print(find_contamination(asked, (d for f in words[1:] for d in texts(f, **how))))
 
 # %% ../nbs/cli.ipynb #ca5d3f89
-def _model(name, pairs, wanted=None, chat=False):
-    """A model of the run `name` and its tokenizer: the one that is wanted, else one that answers,
-    or continues"""
+def _run_folder(name, pairs):
+    "The folder of the run `name`, or the one that is given"
+    if run_dir := pairs.pop('run_dir', None): return Path(run_dir)
+    recipes, run = recipe_names(), root()/'runs'/name
+    check(run.exists() or not Path(name).is_absolute(), f'{name}: there is no run here')
+    check(name in recipes or run.exists(), f"no recipe '{name}' in settings.ini"
+          f"{nearest(name, recipes)}; there are: {', '.join(recipes)}")
+    return run
+
+# %% ../nbs/cli.ipynb #11829ec8
+def _model(name, run, device='auto', wanted=None, chat=False):
+    """A model of a run and its tokenizer: the one that is wanted, else one that answers, or
+    continues"""
     from lm_nb.core import pick_device
     from lm_nb.model.hub import load_model
     from lm_nb.training.recipe import find_stage, recorded_recipe
-    run_dir, recipes = pairs.pop('run_dir', None), read_settings()
-    run = Path(run_dir or root()/'runs'/name)
-    check(run_dir or name in recipes or run.exists(), f"no recipe '{name}' in settings.ini"
-          f"{nearest(name, recipes)}; there are: {', '.join(recipes)}")
     names = recorded_recipe(run).stage_names if (run/'recipe.json').exists() else []
     outputs = [s.output for s in map(find_stage, names) if s.chat == chat]
     there = [run/o for o in ([wanted] if wanted else outputs) if (run/o).exists()]
-    check(there, f'{run}: no {wanted or ("chat" if chat else "base")} model here; '
-          f'run  lm-nb run {name}  first')
-    return load_model(there[-1], pick_device(pairs.pop('device', 'auto')))
+    todo = f'run  lm-nb run {name}  first'
+    if chat and names and not (wanted or outputs):
+        todo = 'it has learned from text alone; lm-nb generate lets it go on with a text'
+    check(there, f'{run}: no {wanted or ("chat" if chat else "base")} model here; {todo}')
+    return load_model(there[-1], pick_device(device))
 
 # %% ../nbs/cli.ipynb #0a1fa3ba
 def _generate(name, pairs):
     """RECIPE prompt='…' [model=base|chat] [max_new=100] [temperature=…] [top_k=…] [top_p=…]
-    [min_p=…] [repetition_penalty=…] [seed=…]: continue a text"""
-    from lm_nb.inference.chat import stream_text
+    [min_p=…] [repetition_penalty=…] [seed=…]: continue a text; an empty one begins anew"""
+    from lm_nb.inference.chat import stop_ids, stream_text
     from lm_nb.inference.sampling import SampleConfig, stream
-    prompt, model = pairs.pop('prompt', ''), pairs.pop('model', None)
-    check(prompt, "lm-nb generate: what should the model continue? prompt='…'")
-    gpt, tok = _model(name, pairs, model)
+    prompt, wanted = pairs.pop('prompt', None), pairs.pop('model', None)
+    check(prompt is not None, "lm-nb generate: what should the model continue? prompt='…'")
+    run, device = _run_folder(name, pairs), pairs.pop('device', 'auto')
     keys = _keys(SampleConfig, pairs, max_new=int)
-    print(prompt, end='', flush=True)
-    new = stream(gpt, tok.encode(prompt), keys.pop('max_new', 100), eos=tok.eos, **keys)
-    for text in stream_text(tok, (i for i in new if i != tok.eos)): print(text, end='', flush=True)
+    gpt, tok = _model(name, run, device, wanted)
+    ids, stops, context = tok.encode(prompt) or [tok.bos], stop_ids(tok), gpt.cfg.context
+    room = context + 1 - len(ids)
+    max_new = keys.pop('max_new', min(100, max(1, room)))
+    new = stream(gpt, ids, max_new, eos=stops, **keys)
+    pieces = stream_text(tok, (i for i in new if i not in stops))
+    first = next(pieces, '')  # what is wrong shows before anything is printed
+    if max_new > room:
+        notice(f'max_new = {max_new}: the model reads at most {context} tokens, {len(ids)} of them '
+              f'the prompt; the text ends after {room} new ones')
+    print(prompt + first, end='', flush=True)
+    for text in pieces: print(text, end='', flush=True)
     print()
 
 # %% ../nbs/cli.ipynb #9fd67e0a
+def _more_waiting(seconds=.03):
+    "Whether more has arrived at the terminal, with or without the end of a line"
+    try: import select, termios, tty
+    except ImportError: return False  # Windows
+    fd = sys.stdin.fileno()
+    before = termios.tcgetattr(fd)
+    tty.setcbreak(fd, termios.TCSANOW)  # else an unfinished line does not count
+    try: return bool(select.select([fd], [], [], seconds)[0])
+    finally: termios.tcsetattr(fd, termios.TCSANOW, before)
+
+# %% ../nbs/cli.ipynb #2a49d57c
+def _typed():
+    "What a person at the terminal asks: a line, a paste, or lines that end with a backslash"
+    text = input('> ')
+    with suppress(EOFError):  # Ctrl-D sends what there is
+        while text.endswith('\\') or _more_waiting():
+            text = text.removesuffix('\\') + '\n' + input('… ')
+    return text.strip()
+
+# %% ../nbs/cli.ipynb #8bfd6e98
 def _questions():
-    "Yield what is asked, line by line, until the input ends"
+    "Yield what is asked until the input ends: line by line, or what a person types"
+    # a pipe may hold anything
+    if hasattr(sys.stdin, 'reconfigure'): sys.stdin.reconfigure(errors='replace')
     if not sys.stdin.isatty():
         yield from filter(None, map(str.strip, sys.stdin))
         return
     with suppress(ImportError):
-        import readline  # noqa: F401  input() edits lines with it; Windows has none
-    with suppress(EOFError, KeyboardInterrupt):
+        import readline  # input() edits lines with it; Windows has none
+        if 'libedit' not in (readline.__doc__ or ''):  # which has no such setting
+            readline.parse_and_bind('set enable-bracketed-paste on')
+    with suppress(EOFError):
         while True:
-            if text := input('> ').strip(): yield text
+            try: text = _typed()
+            except KeyboardInterrupt: text = print('\n(Ctrl-D ends the conversation)')
+            if text: yield text
     print()  # the shell's prompt gets a line of its own
+
+# %% ../nbs/cli.ipynb #fe46afb9
+def _records(run, tok):
+    "What a run's model was fine-tuned on, packed, and what was held out; without what is not there"
+    from lm_nb.data.packing import Packed
+    found = []
+    for part in ('train', 'valid'):
+        with suppress(UserError): found.append(Packed(run/'packed'/part, tok))
+    return found
+
+# %% ../nbs/cli.ipynb #2d2f5c28
+def _greet(chat, records):
+    "Say what to ask, and how"
+    from lm_nb.inference.chat import example_prompts
+    asked = example_prompts(chat.tok, records[-1]) if records else []
+    if asked: print('It can be asked what its records ask, such as')
+    for text in asked:
+        if len(text) > 200: text = f'{text[:200]} …'
+        print(textwrap.indent(text, '    ').replace('    ', '  · ', 1))
+    talks = records and records[0].index['answers'] > records[0].index['examples']
+    if chat.memory == 0 and talks:
+        print('Each question is read by itself; memory=3 would let it see three turns.')
+    elif chat.memory == 0: print('Each question is read by itself.')
+    elif records and not talks:
+        print('It was taught single questions: what was said before may confuse it.')
+    print('Ctrl-C ends an answer, Ctrl-D the conversation; /help shows what else there is.')
+
+# %% ../nbs/cli.ipynb #ed678c52
+def _check_system(chat, records):
+    "Say so if a system text may do nothing"
+    from lm_nb.inference.chat import saw_system_text
+    if chat.system and records and not saw_system_text(chat.tok, records[0]):
+        notice('none of the records that this model was taught with has a system text: it may '
+              'take no notice of it, or be confused')
+
+# %% ../nbs/cli.ipynb #c4dba4fd
+_CHAT_HELP = r'''/new           forget what was said
+/system TEXT   who the model should be; without a text, nobody in particular
+/quit          end the conversation, as Ctrl-D does
+/help          this
+
+Ctrl-C ends an answer. A pasted text of several lines is one question. To type
+several lines, end each but the last with \
+'''
+
+# %% ../nbs/cli.ipynb #7ccb930f
+def _obey(chat, records, text):
+    "Do what a line says that begins with a slash; False if it is a question"
+    known, (word, *rest) = ('/help', '/new', '/system', '/quit'), text.split(None, 1)
+    alone = text[0] == '/' and text[1:].isalpha() and text.isascii()
+    if not alone and word != '/system': return False
+    check(word in known, f'no command {word}{nearest(word, known)}; /help shows what there is')
+    if word == '/help': print(_CHAT_HELP, end='')
+    if word == '/new':
+        chat.turns.clear()
+        print('A new conversation.')
+    if word == '/quit': raise EOFError
+    if word == '/system':
+        chat.set_system(''.join(rest))
+        print(f'System text: {chat.system or "none"}')
+        _check_system(chat, records)
+    return True
+
+# %% ../nbs/cli.ipynb #4853f84f
+def _reply(chat, records, text):
+    "Answer a question, or do what the line says"
+    try:
+        if _obey(chat, records, text): return
+        piece = ''
+        for piece in chat.stream(text): print(piece, end='', flush=True)
+        if not piece and sys.stdin.isatty(): print('(no answer)', end='')
+    except UserError as e: print(e, end='')
+    except KeyboardInterrupt: print(' …', end='')  # the answer ends, not the conversation
+    print('\n')
 
 # %% ../nbs/cli.ipynb #6ad1e024
 def _chat(name, pairs):
     """RECIPE [system='…'] [memory=0] [max_new=256] [temperature=…] […]: talk to the fine-tuned
     model. memory: past turns that it sees"""
+    check(sys.stdin, 'lm-nb chat: there is no standard input to read questions from')
+    run, at_terminal = _run_folder(name, pairs), sys.stdin.isatty()
+    if at_terminal and run.is_dir(): print(f'The chat model of {run} …', flush=True)
     from lm_nb.inference.chat import Chat
     from lm_nb.inference.sampling import SampleConfig
-    gpt, tok = _model(name, pairs, chat=True)
-    keys = _keys(SampleConfig, pairs, system=str, memory=int | None, max_new=int)
-    chat = Chat(gpt, tok, **{'memory': 0, **keys})
-    # a pipe may hold anything
-    if hasattr(sys.stdin, 'reconfigure'): sys.stdin.reconfigure(errors='replace')
-    if sys.stdin.isatty():
-        print('Ask something. Ctrl-C ends an answer, Ctrl-D the conversation.')
-        if chat.memory == 0:
-            print('Each question is read by itself; memory=3 would let it see three turns.')
-    for text in _questions():
-        try:
-            for piece in chat.stream(text): print(piece, end='', flush=True)
-        except UserError as e: print(e, end='')
-        except KeyboardInterrupt: print(' …', end='')  # the answer ends, not the conversation
-        print('\n')
+    device, kinds = pairs.pop('device', 'auto'), dict(system=str, memory=int | None, max_new=int)
+    keys = _keys(SampleConfig, pairs, **kinds)
+    gpt, tok = _model(name, run, device, chat=True)
+    chat, records = Chat(gpt, tok, **{'memory': 0, **keys}), _records(run, tok)
+    if at_terminal: _greet(chat, records)
+    _check_system(chat, records)
+    with suppress(EOFError):
+        for text in _questions(): _reply(chat, records, text)
 
 # %% ../nbs/cli.ipynb #d2aeaf2e
 def _docs(cls):
@@ -271,46 +484,70 @@ def _written(value):
     return f'{value:_}' if isinstance(value, int) else str(value)
 
 # %% ../nbs/cli.ipynb #19f6ad3e
-def _key_line(key, value, doc):
+def _key_line(key, value, doc, mark=''):
     "A key, its value and its meaning; a long value has a line to itself"
     first, rest = f'  {key:18} {value:<11} ', ' '*33
     short = len(value) < 12
-    return _fill(doc, first, rest) if short else f'{first.rstrip()}\n{_fill(doc, rest, rest)}'
+    return _fill(doc + mark, first, rest) if short else \
+        f'{first.rstrip()}\n{_fill(doc + mark, rest, rest)}'
+
+# %% ../nbs/cli.ipynb #c0a1d2e7
+def _load_shown(name, pairs):
+    "The recipe of a command that makes nothing: as `settings.ini` has it, or a folder's"
+    return _load(name, pairs, Path(pairs.pop('run_dir')) if 'run_dir' in pairs else None)
 
 # %% ../nbs/cli.ipynb #82d35c7a
 def _recipe(name, pairs):
-    "RECIPE [key=value …]: show every key, its value and what it means"
+    """RECIPE|FOLDER [key=value …]: show every key, its value and what it means; * marks what the
+    recipe itself sets, or the command line"""
     from lm_nb.training.recipe import Recipe
-    pairs.pop('run_dir', None)
-    recipe = _load(name, pairs)
+    recipe = _load_shown(name, pairs)
+    said: set[str] = set()
+    with suppress(UserError):
+        said = {key for key, _, where in config_texts(recipe.name, _words(pairs))
+                if not where.endswith('[DEFAULT]')}
     values = {part or 'recipe': getattr(recipe, part) if part else recipe for part in parts(Recipe)}
     for part, value in {**values, **recipe.configs}.items():
         print(f'\n{part}')
         for key, doc in _docs(type(value)).items():
-            print(_key_line(key, _written(getattr(value, key)), doc))
+            mark = ' *' if {key, f'{part}.{key}'} & said else ''
+            print(_key_line(key, _written(getattr(value, key)), doc, mark))
+    print('\n* set by the recipe, or on the command line')
 
 # %% ../nbs/cli.ipynb #a9b0d977
 def _asked(name, pairs, **kind):
-    "The recipe, and the value of the one key in `kind` if it is there"
-    own = {k: pairs.pop(k) for k in kind if k in pairs}
-    pairs.pop('run_dir', None)
-    return _load(name, pairs), *_keys(None, own, **kind).values()
+    "The recipe, and the value of the one key in `kind` if it is there: a number above 0"
+    own = _keys(None, {k: pairs.pop(k) for k in kind if k in pairs}, **kind)
+    for key, n in own.items(): check(0 < n < 2**20, f'{key} = {n}: expected 1 to {2**20 - 1:,}')
+    return _load_shown(name, pairs), *own.values()
 
 # %% ../nbs/cli.ipynb #2529a220
 def _plan(name, pairs):
-    """RECIPE [ranks=…] [key=value …]: what a run will take on this device: parameters, FLOPs,
-    memory by part, tokens, hours, the largest batch"""
+    """RECIPE|FOLDER [ranks=…] [key=value …]: what a run will take on this device: parameters,
+    FLOPs, memory by part, tokens, hours, the largest batch"""
     from lm_nb.bench.plan import plan_run
     print(plan_run(*_asked(name, pairs, ranks=int)))
 
 # %% ../nbs/cli.ipynb #4ce8444f
 def _profile(name, pairs):
-    """RECIPE [steps=…] [out=FOLDER] [key=value …]: where a training step's time goes: a trace for
-    TensorBoard or Perfetto, and the ten costliest operators"""
+    """RECIPE|FOLDER [steps=…] [out=FOLDER] [key=value …]: where a training step's time goes: a
+    trace for TensorBoard or Perfetto, and the ten costliest operators"""
     from lm_nb.bench.profiling import profile_recipe
-    out = Path(pairs.pop('out', None) or root()/'runs'/f'{name}-profile')
+    out = pairs.pop('out', None)
     recipe, *steps = _asked(name, pairs, steps=int)
-    print(profile_recipe(recipe, out, *steps))
+    print(profile_recipe(recipe, Path(out or root()/'runs'/f'{recipe.name}-profile'), *steps))
+
+# %% ../nbs/cli.ipynb #c0a1d2e8
+def _init(names, pairs):
+    """init: put a settings.ini with the workbook's recipes into this folder, to be changed at will.
+    One that is there stays as it is"""
+    check(not names and not pairs, 'lm-nb init: takes no further words')
+    path = Path.cwd()/'settings.ini'
+    try: file = open(path, 'xb')
+    except FileExistsError:
+        raise UserError(f'{path}: is there already and stays as it is') from None
+    with file: file.write(packed('settings.ini').read_bytes())
+    print(f'{path}: {", ".join(recipe_names())}')
 
 # %% ../nbs/cli.ipynb #c598adb6
 def _fetch(name, pairs):
@@ -337,22 +574,60 @@ def _bench(names, pairs):
     log = lambda text: print(f'• {text}', file=sys.stderr)
     for result in run_benchmarks(names, log=log, **pairs): print(f'{result}\n')
 
+# %% ../nbs/cli.ipynb #6d0e9b57
+def _curves(name):
+    "The folder whose curves are asked for: that of all runs, of one by its name, or any other"
+    runs = root()/'runs'
+    if not name:
+        runs.mkdir(exist_ok=True)
+        return runs
+    found = [p for p in (runs/name, runs/'elsewhere'/name, Path(name)) if p.is_dir()]
+    there = sorted({p.name for p in [*runs.glob('*'), *runs.glob('elsewhere/*')]} - {'elsewhere'})
+    check(found, f'{name}: neither a run nor a folder{nearest(name, there)}; '
+          f'runs that there are: {", ".join(there) or "none"}')
+    return found[0]
+
+# %% ../nbs/cli.ipynb #f3b81c4a
+def _board(names, pairs):
+    """[RECIPE or FOLDER] [port=NUMBER] [host=NAME]: watch the curves in TensorBoard, until Ctrl-C.
+    Without a name all runs, wherever they lie. host=0.0.0.0 shows them to other machines, too"""
+    check(len(names) < 2, f'lm-nb board takes one run or folder; got {" ".join(names)}')
+    odd = pairs.keys() - {'port', 'host'}
+    check(not odd, f'lm-nb board: unknown key {", ".join(odd)}; there are: port, host')
+    port, folder = pairs.get('port', ''), _curves(''.join(names))
+    check(not port or port.isdecimal() and 0 < int(port) < 2**16,
+          f'port = {port}: expected a number from 1 to 65535')
+    from tensorboard import program
+    words = ['--logdir', folder, '--host', pairs.get('host', 'localhost'), '--load_fast', 'false']
+    board = program.TensorBoard()
+    board.configure([None, *map(str, words), *(['--port', port] if port else [])])
+    try: url = board.launch()
+    except program.TensorBoardServerException as e:
+        said = ' '.join(str(e).split())
+        raise UserError(f'{said}; choose a free port, as in port=7007') from None
+    print(f'TensorBoard shows {folder} at {url}  (Ctrl-C ends it)', flush=True)
+    with suppress(KeyboardInterrupt):
+        while True: time.sleep(3600)
+
 # %% ../nbs/cli.ipynb #dd0aa1c9
-_TAKE_NAMES = 'corpus', 'shards', 'bench'
+_TAKE_NAMES = 'corpus', 'shards'  # several, or a recipe
+_TAKE_NO_RECIPE = 'board', 'bench', 'init'
 _COMMANDS: dict[str, Callable] = dict(
     run=_run, corpus=_corpus, tokenizer=_tokenizer, shards=_shards,
     pretrain=partial(_train, 'pretrain'), sft=partial(_train, 'sft'), evaluate=_evaluate,
     generate=_generate, chat=_chat, recipe=_recipe, plan=_plan, profile=_profile, fetch=_fetch,
-    bench=_bench)
+    board=_board, bench=_bench, init=_init)
 
 # %% ../nbs/cli.ipynb #9a026701
 def _more_stages(name, pairs):
-    "Commands for the stages of a recipe, if there is one of that name and nothing is wrong with it"
+    "Commands for the stages of a recipe or a run, if there is one and nothing is wrong with it"
+    from lm_nb.training.recipe import recorded_recipe
+    names: list[str] = []
+    with suppress(UserError): names += recorded_recipe(_folder(name, dict(pairs))).stages.split()
     with suppress(UserError):
-        texts = config_texts(name, [f'{k}={v}' for k, v in pairs.items()])
-        stages = {key: text for key, text, _ in texts}.get('stages', '')
-        return {stage: partial(_train, stage) for stage in stages.split()}
-    return {}
+        texts = config_texts(name, _words(pairs))
+        names += {key: text for key, text, _ in texts}.get('stages', '').split()
+    return {stage: partial(_train, stage) for stage in names}
 
 # %% ../nbs/cli.ipynb #f5150f9c
 def _help(command, do):
@@ -361,35 +636,60 @@ def _help(command, do):
     print(_fill(f'lm-nb {command} {takes}', rest=' '*6), _fill(what), sep='\n\n')
 
 # %% ../nbs/cli.ipynb #70c7d9ce
+def _whose(words, pairs):
+    "The run or recipe that is meant: a run's folder as an absolute path, all else as it is"
+    if not words: return [str(Path(pairs.pop('run_dir')).absolute())] if 'run_dir' in pairs else []
+    folder = Path(words[0]).absolute()
+    with suppress(UserError):
+        if words[0] in recipe_names(): return words
+    return [str(folder), *words[1:]] if _is_run(folder) else words
+
+# %% ../nbs/cli.ipynb #cfe3bb7e
+def _split(command, rest):
+    "The names and the pairs behind a command"
+    words = list(takewhile(lambda w: '=' not in w or os.path.exists(w), rest))
+    for pair in rest[len(words):]:
+        check('=' in pair, f"lm-nb {command}: '{pair}' is not of the form key=value")
+    pairs = dict(pair.split('=', 1) for pair in rest[len(words):])
+    return (words if command in _TAKE_NO_RECIPE else _whose(words, pairs)), pairs
+
+# %% ../nbs/cli.ipynb #43768f33
 def _command(argv):
     if not argv or argv[0] in ('-h', '--help', 'help'):
         return print(_USAGE.format(recipes=_fill(_recipes(), '  ', '  ', 78)))
     command, rest = argv[0], argv[1:]
-    words = list(takewhile(lambda w: '=' not in w or os.path.exists(w), rest))
-    pairs = dict(pair.split('=', 1) for pair in rest[len(words):] if '=' in pair)
+    asks = rest[:1] in (['-h'], ['--help']) or not rest and command not in _TAKE_NO_RECIPE
+    words, pairs = ([], {}) if asks else _split(command, rest)
     known = _COMMANDS
     if command not in known and words: known = {**known, **_more_stages(words[0], pairs)}
     check(command in known, f"no command '{command}'{nearest(command, known)}; "
           f"there are: {', '.join(known)}")
-    if rest[:1] in (['-h'], ['--help']) or not rest and command != 'bench':
-        return _help(command, known[command])
-    check(command == 'bench' or '=' not in rest[0],
-          f"lm-nb {command}: the recipe comes first, then key=value; got '{rest[0]}'")
-    for pair in rest[len(words):]:
-        check('=' in pair, f"lm-nb {command}: '{pair}' is not of the form key=value")
+    if asks: return _help(command, known[command])
+    if command in _TAKE_NO_RECIPE: return known[command](words, pairs)
+    check(words, f"lm-nb {command}: the recipe comes first, then key=value; got '{rest[0]}'")
     if command in _TAKE_NAMES: return known[command](words, pairs)
     check(len(words) == 1, f"lm-nb {command}: '{words[-1]}' is not of the form key=value")
     known[command](words[0], pairs)
 
+# %% ../nbs/cli.ipynb #62870852
+def _fill_streams():
+    "Put the null device where a stream is missing; who would read learns that there is nothing"
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3: os.set_inheritable(fd, True)
+    os.close(fd)
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
+
 # %% ../nbs/cli.ipynb #d239297b
 def _status(argv):
     "The exit status of a command; what went wrong is one line on standard error"
-    try: _command(argv)
+    try:
+        _command(argv)
+        sys.stdout.flush()  # a full disk is noticed here
     except UserError as e:
         # one line, whatever a name holds
         said = ' '.join(str(e).splitlines()).removeprefix('lm-nb ')
         # a mistake that all ranks make is stated once: the launcher ends the others meanwhile
-        if said and e.status == 2 and os.environ.get('RANK', '0') != '0': time.sleep(1)
+        if said and e.status == 2 and os.environ.get('RANK', '0') != '0': time.sleep(5)
         if said: print(f'lm-nb: {said}', file=sys.stderr)
         return e.status
     except KeyboardInterrupt:
@@ -397,6 +697,10 @@ def _status(argv):
         return 130
     except BrokenPipeError:  # the reader has gone, as in  lm-nb recipe micro | head
         sys.stdout = None
+    except UnicodeEncodeError as e:  # a locale without UTF-8
+        how = '' if e.encoding.startswith('utf') else '; set PYTHONUTF8=1'
+        print(f'lm-nb: {e.object[:60]!r} cannot be written as {e.encoding}{how}', file=sys.stderr)
+        return 2
     except OSError as e:  # a full disk, a folder that may not be written
         print(f'lm-nb: {e.filename or "the system"}: {e.strerror or e}', file=sys.stderr)
         return 2
@@ -408,6 +712,7 @@ def main(
 ) -> int: # exit status: 0 done, 2 a mistake in what was asked, 130 stopped by Ctrl-C
     "The command line"
     os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # before torch starts its threads
+    _fill_streams()
     for out in (sys.stdout, sys.stderr):
         # a name may be anything
         if hasattr(out, 'reconfigure'): out.reconfigure(errors='backslashreplace')

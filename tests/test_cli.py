@@ -54,6 +54,7 @@ def desk(tmp_path_factory):
 @pytest.fixture
 def at_desk(desk, monkeypatch):
     monkeypatch.chdir(desk)
+    monkeypatch.setenv('COLUMNS', '100')
     monkeypatch.setenv('IN_TEST', '1')
     return desk
 
@@ -61,10 +62,10 @@ def at_desk(desk, monkeypatch):
 @pytest.fixture
 def good(at_desk, capsys):
     "Run a command that works; gives what it says"
-    def run(*argv):
+    def run(*argv, says=''):
         status = main([str(a) for a in argv])
         out, err = capsys.readouterr()
-        assert status == 0, err
+        assert status == 0 and says in err, err
         return out
     return run
 
@@ -94,9 +95,10 @@ def bad(at_desk, capsys):
 
 
 def photo(folder):
-    "Every file below a folder but the lock: its content and when it was written"
+    "Every file below a folder but the lock and notes: its content and when it was written"
     return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns)
-            for p in Path(folder).rglob('*') if p.is_file() and p.name != '.lock'}
+            for p in Path(folder).rglob('*')
+            if p.is_file() and p.name not in ('.lock', '.verified.json')}
 
 
 def run_dir(tmp_path): return f'run_dir={tmp_path/"run"}'
@@ -285,7 +287,7 @@ def test_broken_records_are_counted_and_a_file_of_them_is_refused(bad, good, des
         'r.jsonl')
     (tmp_path/'r.parquet').write_bytes(b'PAR1 not really')
     bad(['tokenizer', 'own', f'text={tmp_path/"r.parquet"}', *TINY, f'run_dir={tmp_path/"p"}'],
-        'r.parquet: not a readable parquet file')
+        'r.parquet: not a readable .parquet file')
 
 
 def test_too_large_a_vocabulary_says_how_large_it_may_be(bad, good, tmp_path):
@@ -297,9 +299,10 @@ def test_too_large_a_vocabulary_says_how_large_it_may_be(bad, good, tmp_path):
 
 
 def test_too_little_text_says_so(bad, tmp_path):
-    (tmp_path/'one.txt').write_text('one line alone is too little for two parts, ' * 40 + '\n')
+    words = ', '.join(f'number {i} comes before number {i + 1}' for i in range(60))
+    (tmp_path/'one.txt').write_text(f'One line alone is too little for two parts: {words}.\n')
     small = [w for w in TINY if not w.startswith('vocab_size')]
-    bad(['pretrain', 'own', f'text={tmp_path/"one.txt"}', *small, 'vocab_size=290',
+    bad(['pretrain', 'own', f'text={tmp_path/"one.txt"}', *small, 'vocab_size=290', 'clean=none',
          run_dir(tmp_path)], 'one.txt', 'valid_share')
 
 
@@ -358,12 +361,15 @@ def test_stages_again_are_no_ops(trained, good):
 
 def test_evaluate_measures_both_models(trained, good):
     run, words, _ = trained
-    got, kept = json.loads(good('evaluate', *words)), read_json(run/'results.json')
+    got = json.loads(good('evaluate', *words, 'json=true'))
+    kept = read_json(run/'results.json')
     for keys in (('base', 'heldout', 'bits_per_byte'), ('chat', 'heldout_answers', 'loss')):
         now, before = (reduce(dict.get, keys, scores) for scores in (got, kept))
         assert now == pytest.approx(before, rel=1e-4), keys
-    again = json.loads(good('evaluate', 'own', 'device=cpu'))
+    again = json.loads(good('evaluate', 'own', 'device=cpu', 'json=true'))
     assert again == got, 'the run knows what it was made with'
+    table = good('evaluate', run)
+    assert f'{got["base"]["heldout"]["bits_per_byte"]:.3f}' in table and '{' not in table, table
 
 
 def test_generate_continues_the_prompt(trained, good):
@@ -442,6 +448,9 @@ def test_sft_without_a_base_model_or_records(trained, bad, tmp_path):
     run, words, _ = trained
     bad(['sft', *words, run_dir(tmp_path)], 'no model to start sft from', 'lm-nb pretrain own')
     assert not list((tmp_path/'run').glob('*/')), 'said before anything is read or made'
+    alone = [w for w in words if not w.startswith('text')]
+    bad(['run', *alone, f'run_dir={tmp_path/"c"}'], 'no model to start sft from', 'set text=')
+    assert not list((tmp_path/'c').glob('*/')), 'said before anything is read or made'
     bare = [w for w in words if not w.startswith('instructions')]
     bad(['sft', *bare, f'base={run/"base"}', f'run_dir={tmp_path/"b"}'], 'no instruction records',
         'instructions=')
@@ -483,7 +492,7 @@ def test_prompts_that_leave_no_room_are_dropped_and_counted(trained, good, bad, 
     dropped = {why: n for why, (n, _) in report['rejected'].items()}
     no_room = 'prompt leaves no room for an answer in 49 tokens'
     assert report['rows'] == report['kept'] + sum(dropped.values())
-    assert set(dropped) == {'held out for validation', no_room}
+    assert set(dropped) == {no_room}
     assert 40 <= dropped[no_room] <= 60, 'all but the held-out ones'
     bad(['sft', *mine, f'instructions={tmp_path/"long.json"}', f'run_dir={tmp_path/"b"}'],
         'no example to write that fits into 48 tokens')
@@ -499,10 +508,10 @@ def test_held_out_records_that_are_all_too_long_do_not_stop_training(trained, go
     assert 'chat model in' in good('sft', *mine)
 
 
-def test_replay_needs_a_text(trained, bad, tmp_path):
+def test_replay_without_a_text_is_said(trained, good, tmp_path):
     run, words, _ = trained
     mine = [w for w in words if not w.startswith('text')]
-    bad(['sft', *mine, f'base={run/"base"}', run_dir(tmp_path)], 'text=')
+    good('sft', *mine, f'base={run/"base"}', run_dir(tmp_path), says='there is no text to replay')
 
 
 # ------------------------------------------------------------------ real text
@@ -644,6 +653,15 @@ def test_corpus_says_what_it_wants(bad, tmp_path):
         'expected near, exact, none')
     bad(['corpus', 'report', 'tetx.txt'], 'tetx.txt: no such file', "did you mean 'text.txt'")
     bad(['shards', 'tetx.txt'], 'tetx.txt: no such file')
+    (tmp_path/'short.txt').write_text('Hm.\nNo.\n')
+    bad(['corpus', 'report', tmp_path/'short.txt'], 'nothing in these files can be trained on')
+
+
+def test_a_run_on_text_alone_does_not_answer(bad, tmp_path):
+    from lm_nb.training.recipe import load_recipe
+    from lm_nb.training.run import Run
+    run = Run(load_recipe('own', ['text=text.txt']), tmp_path/'run')
+    bad(['chat', 'own', f'run_dir={run.folder}'], 'no chat model', 'lm-nb generate')
 
 
 def test_bench_measures_by_name_and_refuses_others(bad, desk):
@@ -652,3 +670,296 @@ def test_bench_measures_by_name_and_refuses_others(bad, desk):
     assert 'ms' in done.stdout and 'resume (1 of 1)' in done.stderr, done.stderr
     bad(['bench', 'resumee'], "no benchmark 'resumee'", "did you mean 'resume'", 'tokenizing')
     bad(['bench', 'resume', 'colour=red'], 'colour')
+
+
+# ------------------------------------------------------------------ only the package
+
+@pytest.fixture(scope='module')
+def installed(tmp_path_factory):
+    "The package as a wheel lays it out, without its repository"
+    site = tmp_path_factory.mktemp('site')
+    skip = shutil.ignore_patterns('__pycache__')
+    shutil.copytree(Path(lm_nb.__file__).parent, site/'lm_nb', ignore=skip)
+    code = ('import runpy, setuptools; from setuptools.dist import Distribution\n'
+            'seen = {}; setuptools.setup = lambda **kw: seen.update(kw)\n'
+            f'runpy.run_path({str(ROOT/"setup.py")!r})\n'
+            'build = seen["cmdclass"]["build_py"](Distribution())\n'
+            f'build.build_lib, build.editable_mode = {str(site)!r}, False\n'
+            'type(build).__mro__[1].run = lambda self: None\nbuild.run()\n')
+    subprocess.run([sys.executable, '-c', code], check=True)
+    return site
+
+
+def alone(site, cwd, *argv, **env):
+    "A command of the installed package"
+    env = {**os.environ, 'PYTHONPATH': str(site), 'OMP_NUM_THREADS': '1', **env}
+    return subprocess.run([*LM_NB, *map(str, argv)], cwd=cwd, env=env, capture_output=True,
+                          text=True)
+
+
+SMALL = '''paraphrases=1 vocab_size=600 n_layer=1 n_head=2 d_model=32 d_ff=64 context=96 replay=0
+           batch_tokens=960 pretrain.tokens=1920 control= device=cpu dtype=fp32'''.split()
+
+
+def test_the_package_works_without_its_repository(installed, tmp_path):
+    "Recipes and lists travel along; the run lies where one is"
+    done = alone(installed, tmp_path, 'pretrain', 'micro', *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path/'runs'/'micro'/'base'/'model.safetensors').is_file()
+    done = alone(installed, tmp_path, 'generate', 'run_dir=runs/micro', 'prompt=The', 'max_new=2')
+    assert done.returncode == 0 and done.stdout.startswith('The'), done.stderr
+    made = alone(installed, tmp_path, 'init')
+    assert made.returncode == 0 and 'micro' in made.stdout
+    mine = tmp_path/'settings.ini'
+    assert mine.read_bytes() == (ROOT/'settings.ini').read_bytes()
+    mine.write_text('[mine]\ntext = a.txt\n')
+    again = alone(installed, tmp_path, 'init')
+    assert again.returncode == 2 and mine.read_text() == '[mine]\ntext = a.txt\n'
+    one_line(again.stderr, str(mine), 'stays as it is')
+
+
+def test_a_recipe_with_a_mistake_spoils_only_itself(tmp_path, monkeypatch, capsys):
+    settings = (ROOT/'settings.ini').read_text(encoding='utf-8')
+    (tmp_path/'settings.ini').write_text(settings + '\n[lost]\nlike = owm\n[round]\nlike = round\n'
+                                         '[bare]\nlike = own\ntext\n', encoding='utf-8')
+    monkeypatch.chdir(tmp_path)
+    def said(*argv):
+        status = main([*argv])
+        return status, ''.join(capsys.readouterr())
+    assert said('recipe', 'micro')[0] == 0
+    assert 'lost, round, bare' in said('--help')[1]
+    for name, words in dict(lost="did you mean 'own'", round='in a circle',
+                            bare="[bare]: 'text' has no value").items():
+        status, text = said('recipe', name)
+        assert status == 2 and words in text and len(text.splitlines()) == 1, text
+    status, text = said('chat', 'own')
+    assert status == 2 and 'no chat model' in text, text
+
+
+# ------------------------------------------------------------------ going on by the name
+
+def test_a_run_goes_on_by_its_name_or_its_folder(trained, good, tmp_path, monkeypatch):
+    run, words, done = trained
+    before = photo(run)
+    elsewhere = shutil.copytree(run, tmp_path/'else where')
+    for argv in (['run', 'own'], ['run', run], ['run', 'own', f'run_dir={run}'],
+                 ['run', f'run_dir={run}'], ['run', 'own', 'text=text.txt', 'n_layer=1']):
+        assert good(*argv) == done.stdout, argv
+        assert photo(run) == before, argv
+    assert str(elsewhere) in good('run', elsewhere)
+    for stage in ('pretrain', 'sft', 'tokenizer', 'shards'): good(stage, elsewhere)
+    assert good('generate', elsewhere, 'prompt=Ada', 'max_new=3').startswith('Ada')
+    monkeypatch.chdir(run.parent)
+    assert good('evaluate', elsewhere).startswith('held out')
+    assert re.search(r'^  text +text\.txt .* \*$', good('recipe', elsewhere, 'text=text.txt'), re.M)
+
+
+def test_a_run_that_goes_on_takes_runtime_keys_and_refuses_others(trained, good, bad, tmp_path,
+                                                                  capsys):
+    run, words, _ = trained
+    copy = shutil.copytree(run, tmp_path/'run')
+    good('pretrain', 'own', 'log_every=7', f'run_dir={copy}')
+    recipe = read_json(copy/'recipe.json')
+    assert recipe['pretrain']['log_every'] == 7 and recipe['model']['n_layer'] == 1
+    for name in ('own', copy):
+        where = [f'run_dir={copy}'] if name == 'own' else []
+        err = bad(['pretrain', name, 'n_layer=2', *where], 'holds the run of another recipe',
+                  'model.n_layer: 1 there, 2 now')
+        assert 'd_model' not in err, 'only what was asked for differs'
+    bad(['pretrain', 'micro', f'run_dir={copy}'], 'holds the run of another recipe', 'own')
+    bad(['pretrain', tmp_path/'nowhere'], 'is no folder of a run')
+    bad(['pretrain', 'nowhere'], "no recipe 'nowhere'")
+    bad(['pretrain', f'run_dir={tmp_path/"nowhere"}'], 'is no folder of a run')
+    bad(['evaluate', 'own', 'text=text.txt', f'run_dir={tmp_path/"nope"}'], 'nope',
+        'there is no run here')
+    assert not (tmp_path/'nope').exists() and not (tmp_path/'nowhere').exists()
+
+
+def test_a_recipe_that_changed_since_is_said(tmp_path, monkeypatch, capsys, desk):
+    monkeypatch.chdir(tmp_path)
+    keys = '\n'.join(w for w in TINY if not w.startswith('sft.'))
+    (tmp_path/'settings.ini').write_text(f'[mine]\ntext = {desk/"text.txt"}\n{keys}\n')
+    assert main(['pretrain', 'mine']) == 0
+    assert 'goes on with' not in capsys.readouterr().err
+    made = photo(tmp_path/'runs'/'mine')
+    with open(tmp_path/'settings.ini', 'a') as f: f.write('clip = 3\n')
+    assert main(['pretrain', 'mine']) == 0
+    err = capsys.readouterr().err
+    assert 'runs/mine goes on with its recipe.json' in err and '1.0 there, 3.0 now' in err
+    after = photo(tmp_path/'runs'/'mine')
+    assert {k: after.get(k) for k in made} == made
+
+
+def test_a_control_goes_on_with_the_words_of_its_run(at_desk, good, tmp_path):
+    words = [w for w in SMALL if w != 'control='] + ['sft.tokens=960', 'eval_every=0']
+    run = tmp_path/'run'
+    first = good('run', 'micro', *words, f'run_dir={run}')
+    kept = photo(run)
+    assert good('run', run) == first and photo(run) == kept
+    data = read_json(run/'results.json')
+    del data['control']
+    (run/'results.json').write_text(json.dumps(data))
+    assert good('run', 'micro', f'run_dir={run}')
+    recipe = read_json(run/'control'/'recipe.json')
+    assert recipe['name'] == 'micro-once' and recipe['model']['n_layer'] == 1
+
+
+# ------------------------------------------------------------------ a table of mistakes
+
+HOSTILE = ['0', '-1', '1e9', '4e18', '1e400', '9' * 20, 'nan', '-inf', '', 'none', 'x', '1e-300',
+           '1e300', '0.5', '\udcff', '"']
+
+
+def all_keys():
+    from lm_nb.core import part_keys, parts
+    from lm_nb.training.recipe import Recipe, load_recipe
+    configs = {n: type(c) for n, c in load_recipe('micro').configs.items()}
+    return [f'{part}.{key}'.lstrip('.') for part, cls in {**parts(Recipe), **configs}.items()
+            for key in part_keys(cls)]
+
+
+@pytest.mark.parametrize('key', all_keys())
+def test_any_value_of_any_key_is_taken_or_refused_in_one_line(key, monkeypatch, capsys):
+    "What `lm-nb recipe` says: the table, or one line"
+    from lm_nb import cli
+    monkeypatch.setattr(cli, '_docs', lambda cls: {})  # the table itself takes long
+    for value in HOSTILE:
+        capsys.readouterr()
+        status = main(['recipe', 'micro', f'{key}={value}'])
+        err = capsys.readouterr().err
+        assert status == 0 if not err or err.startswith('•') else status == 2, (value, err)
+        assert len(err.splitlines()) <= 1 and 'Traceback' not in err, (value, err)
+
+
+@pytest.mark.parametrize('line, words', [
+    ('recipe micro device=gpu', ('device = gpu', 'expected auto, cpu')),
+    ('recipe micro seed=99999999999999999999', ('seed', 'beyond 64 bits')),
+    ('recipe micro lr=1e400', ('lr', 'expected a number')),
+    ('recipe micro n_layer=1e9', ('n_layer = 1000000000', 'at most')),
+    ('plan micro ranks=0', ('ranks = 0', 'expected 1')),
+    ('plan micro ranks=-1', ('ranks = -1', 'expected 1')),
+    ('profile micro steps=0', ('steps = 0', 'expected 1')),
+    ('recipe micro instructions=ask.json', ('instructions = ask.json has no effect', 'microworld')),
+    ('recipe micro separator=blank', ('separator = blank has no effect', 'leave it out')),
+    ('recipe micro weights=2', ('weights = 2 has no effect', 'one source')),
+    ('recipe micro muon_lr=0.1 optimizer=adamw', ('muon_lr = 0.1 has no effect', 'muon')),
+    ('recipe micro sft.muon_lr=0.1 sft.optimizer=adamw', ('sft.muon_lr = 0.1 has no effect',)),
+    ('recipe micro near_threshold=0.9', ('near_threshold = 0.9 has no effect', 'dedup=near')),
+    ('recipe micro arch=gpt2 zero_init=false', ('zero_init = false has no effect', 'qwen3')),
+    ('recipe own text=t.txt paraphrases=3', ('paraphrases = 3 has no effect', 'microworld')),
+    ('recipe own text=t.txt replay=0.1', ('replay = 0.1 has no effect', 'instructions=')),
+    ('recipe own text=t.txt text_valid=v.txt valid_share=0.2', ('valid_share = 0.2 has no',)),
+    ('recipe own text=t.txt instructions_test=u.json', ('instructions_test', 'no effect')),
+    ('recipe own text=t.txt shard_group=2', ('shard_group = 2 has no effect', 'hsdp')),
+    ('init here', ('no further words',)),
+])
+def test_a_value_that_cannot_be_meant_is_one_line(bad, line, words): bad(line.split(), *words)
+
+
+@pytest.mark.parametrize('line', [
+    'micro optimizer=adamw', 'micro paraphrases=3', 'micro valid_share=0.2', 'micro dedup=near '
+    'near_threshold=0.9', 'micro muon_lr=0.1 sft.optimizer=adamw', 'own text=t.txt',
+    'own text=t.txt optimizer=adamw', 'own text=t.txt arch=gpt2', 'micro-once arch=gpt2',
+    'own text=a.txt instructions=b.json replay=0.3 tokenizer_reads=both', 'poems optimizer=adamw'])
+def test_a_key_that_does_something_or_is_inherited_is_taken(good, line):
+    good('recipe', *line.split())
+
+
+def test_a_recipe_marks_what_it_sets(good):
+    rows = {m[1]: bool(m[2]) for m in re.finditer(r'^  (\S+) .*?( \*)?$', good(
+        'recipe', 'micro-once', 'beta1=0.8').partition('\nsft\n')[0], re.M)}
+    set_ = {key for key, mark in rows.items() if mark}
+    assert {'fixed_order', 'n_layer', 'tokens', 'beta1', 'text'} <= set_, 'inherited ones, too'
+    assert not {'seed', 'beta2', 'field', 'n_kv_head'} & set_, 'what all recipes share is no mark'
+
+
+def test_processes_are_bounded_and_it_is_said(at_desk, capsys):
+    assert main(['recipe', 'micro', 'clean_workers=1000']) == 0
+    out, err = capsys.readouterr()
+    assert err.count('clean_workers = 1000') == 1
+    assert int(re.search(r'clean_workers +(\d+)', out)[1]) <= os.cpu_count()
+
+
+def test_files_in_a_folder_with_blanks(good, tmp_path, monkeypatch, desk):
+    folder = tmp_path/'my dir'
+    folder.mkdir()
+    (folder/'a b.txt').write_text(''.join(f'line {i} of one file\n' for i in range(60)))
+    (folder/'c.txt').write_text(''.join(f'row {i} of another\n' for i in range(60)))
+    monkeypatch.chdir(folder)
+    out = good('shards', 'a b.txt', 'c.txt', 'vocab_size=290', 'context=16', 'clean=light',
+               'valid_share=0.1', 'dedup=exact', f'run_dir={tmp_path/"run dir"}')
+    assert re.search('train: .* 10[0-9] documents', out), out
+
+
+def test_a_key_without_effect_beside_the_one_that_decides(tmp_path, monkeypatch, capsys):
+    (tmp_path/'settings.ini').write_text('[a]\ntext = t\noptimizer = adamw\nmuon_lr = 0.5\n'
+                                         '[b]\ntext = t\nmuon_lr = 0.5\n'
+                                         '[c]\nlike = b\noptimizer = adamw\n')
+    monkeypatch.chdir(tmp_path)
+    assert [main(['recipe', name]) for name in 'abc'] == [2, 0, 0]
+    assert 'settings.ini [a]: muon_lr = 0.5 has no effect' in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ names, locales and streams
+
+ODD = os.fsdecode(b'\xc4\xe3')  # a name in GBK
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='other systems refuse such names themselves')
+def test_names_that_are_not_utf8(at_desk, bad, tmp_path):
+    shutil.copy('text.txt', tmp_path/f'{ODD}.txt')
+    words = [w for w in TINY if not w.startswith('sft.')]
+    source = f'text={tmp_path/ODD}.txt'
+    bad(['pretrain', 'own', source, *words, run_dir(tmp_path)], 'rename the file')
+    bad(['pretrain', 'own', 'text=text.txt', *words, f'run_dir={tmp_path/ODD}'], 'run_dir = ',
+        'not UTF-8')
+    bad(['recipe', 'own', 'text=t.txt', f'{ODD}=3'], 'unknown key')
+
+
+def test_a_locale_without_utf8(desk, trained):
+    env = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONIOENCODING='ascii')
+    for argv in (['recipe', 'micro'], ['--help'], ['evaluate', 'own', 'json=true'], ['run', 'own'],
+                 ['generate', 'own', 'prompt=Ada', 'max_new=3']):
+        done = shell(desk, *argv, env=env)
+        assert done.returncode == 0 and 'Traceback' not in done.stderr, (argv, done.stderr)
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='needs a shell that closes streams')
+@pytest.mark.parametrize('closed', ['2>&-', '>&-', '<&-', '<&- >&- 2>&-'])
+def test_absent_streams(desk, tmp_path, closed):
+    "They cost nothing, and no file takes their place"
+    words = [w for w in TINY if not w.startswith('sft.')] + ['text=text.txt', run_dir(tmp_path)]
+    home = Path(lm_nb.__file__).resolve().parent.parent
+    env = {**os.environ, 'PYTHONPATH': str(home), 'OMP_NUM_THREADS': '1'}
+    env.pop('IN_TEST', None)
+    done = subprocess.run(['sh', '-c', f'"$@" {closed}', 'sh', *LM_NB, 'pretrain', 'own', *words],
+                          cwd=desk, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and 'Traceback' not in done.stderr, done.stderr
+    assert (tmp_path/'run'/'base'/'model.safetensors').is_file()
+    done = subprocess.run(['sh', '-c', f'"$@" {closed}', 'sh', *LM_NB, 'pretrain', 'owm'], cwd=desk,
+                          env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+
+
+def test_a_full_disk_under_standard_output(desk):
+    if not Path('/dev/full').exists(): pytest.skip('no /dev/full here')
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run([*LM_NB, 'recipe', 'micro'], cwd=desk, stdout=full, text=True,
+                              stderr=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert done.returncode == 2
+    one_line(done.stderr, 'No space left')
+
+
+def test_two_processes_at_one_tokenizer(at_desk, bad, good, tmp_path):
+    from lm_nb.training.run import run_lock
+    words = [w for w in TINY if not w.startswith('sft.')] + ['text=text.txt', run_dir(tmp_path)]
+    code = ('import sys; from lm_nb.training.run import run_lock\n'
+            'with run_lock(sys.argv[1]): print("held", flush=True); sys.stdin.read()')
+    for command in ('tokenizer', 'shards'):
+        with subprocess.Popen([sys.executable, '-c', code, str(tmp_path/'run')], text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            assert other.stdout.readline() == 'held\n'
+            bad([command, 'own', *words], 'is at work here')
+            other.stdin.close()
+        good(command, 'own', *words)
+    with run_lock(tmp_path/'run'): pass

@@ -1,5 +1,5 @@
 """Recipes as people write them, files that appear whole or not at all"""
-import json, signal, subprocess, sys
+import json, os, signal, subprocess, sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -7,8 +7,8 @@ from hypothesis import given, settings, strategies as st
 
 from lm_nb import core
 from lm_nb.core import (
-    UserError, atomic, check, compose, config_texts, nearest, parse, read_json, read_settings, root,
-    sha256, write_json)
+    UserError, atomic, check, compose, config_texts, nearest, parse, read_json, read_settings,
+    recipe_names, root, sha256, write_json, write_lines)
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,32 @@ def test_hints():
     assert nearest('xyz', ['tokenizer']) == ''
 
 
+def test_a_wrong_recipe_spoils_no_other(tmp_path):
+    path = tmp_path/'s.ini'
+    path.write_text('[DEFAULT]\nseed = 1\n[a]\nlike = b\n[good]\nx = 1\n[bare]\ny\n[c]\nlike = c\n')
+    assert recipe_names(path) == ['a', 'good', 'bare', 'c']
+    assert config_texts('good', (), path) == [('seed', '1', 's.ini [DEFAULT]'),
+                                              ('x', '1', 's.ini [good]')]
+    for name in ('a', 'bare', 'c'):
+        with pytest.raises(UserError, match=rf's.ini \[{name}\]'): config_texts(name, (), path)
+        with pytest.raises(UserError): read_settings(path)
+
+
+def test_what_is_inherited_is_said_where_it_stands(tmp_path):
+    (tmp_path/'s.ini').write_text('[a]\nx = 1\n[b]\nlike = a\ny = 2\n')
+    assert config_texts('b', ['z=3'], tmp_path/'s.ini') == [
+        ('x', '1', 's.ini [a]'), ('y', '2', 's.ini [b]'), ('z', '3', 'command line')]
+
+
+@pytest.mark.parametrize('text, kind', [
+    ('nan', float), ('inf', float), ('-inf', float | None), ('1e400', float), ('1e400', int),
+    ('9' * 20, int), ('9' * 5000, int), (str(2**63), int | None), ('ten', int), ('\udcff', int),
+    ('', float), ('maybe', bool)])
+def test_a_number_that_nothing_can_hold_is_refused(text, kind):
+    with pytest.raises(UserError, match='key = ') as e: core.parse_key('key', text, kind)
+    assert '\n' not in str(e.value) and len(str(e.value)) < 150
+
+
 # ------------------------------------------------------------------ where things are
 
 def test_root_is_the_nearest_folder_above_with_settings(tmp_path, monkeypatch):
@@ -182,7 +208,10 @@ def test_root_falls_back_on_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(core, '__file__', str(tmp_path/'repo'/'lm_nb'/'core.py'))
     assert root() == tmp_path/'repo'
     monkeypatch.setattr(core, '__file__', str(tmp_path/'site'/'lm_nb'/'core.py'))
-    with pytest.raises(UserError, match='no settings.ini'): root()
+    assert root() == tmp_path/'elsewhere', 'an installed package leaves its own folder alone'
+    (tmp_path/'site'/'lm_nb'/'files').mkdir(parents=True)
+    (tmp_path/'site'/'settings.ini').touch()
+    assert root() == tmp_path/'elsewhere', 'nor does it take the file of another package'
 
 
 # ------------------------------------------------------------------ files
@@ -233,6 +262,18 @@ def test_json_comes_back(tmp_path_factory, value):
     path = tmp_path_factory.mktemp('j')/'x.json'
     write_json(path, value)
     assert read_json(path) == value
+
+
+@given(st.text(st.characters(categories=['Cs', 'Lu'])))
+@settings(max_examples=40, deadline=None)
+def test_halves_of_surrogate_pairs_are_written(tmp_path_factory, text):
+    "A file name of other bytes is such a text; two halves that make a pair become one character"
+    path = tmp_path_factory.mktemp('j')/'x.json'
+    whole = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'surrogatepass')
+    write_json(path, {text: text})
+    assert read_json(path) == {whole: whole}
+    write_lines(path, [text])
+    assert json.loads(path.read_text(encoding='utf-8')) == whole
 
 
 def test_json_that_is_none(tmp_path):
@@ -314,16 +355,35 @@ def test_measuring_leaves_random_numbers_and_gradients_alone(cache):
     assert torch.equal(torch.rand(2), want)
 
 
-def test_bars_are_silent_under_test_and_on_other_ranks(monkeypatch, capsys):
-    for key, value in (('IN_TEST', '1'), ('RANK', '1')):
-        monkeypatch.delenv('IN_TEST', raising=False)
-        monkeypatch.delenv('RANK', raising=False)
-        monkeypatch.setenv(key, value)
-        assert list(core.progress(range(3), desc='bar')) == [0, 1, 2]
-        assert capsys.readouterr().err == ''
-    monkeypatch.delenv('RANK')
+@pytest.mark.parametrize('env', [{}, {'IN_TEST': '1'}, {'RANK': '1'}, {'RANK': '0'}], ids=str)
+def test_bars_are_silent_under_test_and_on_other_ranks(env):
+    "In a process of its own: other tests load notebooks, in which bars are widgets"
+    code = "from lm_nb.core import progress; print(list(progress(range(3), desc='bar')))"
+    env = {k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'RANK')} | env
+    got = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True,
+                         check=True)
+    silent = 'IN_TEST' in env or env.get('RANK') == '1'
+    assert got.stdout == '[0, 1, 2]\n' and ('bar: 100%' in got.stderr) != silent
+
+
+@pytest.mark.parametrize('stream', [None, 'closed'])
+def test_nobody_listens(monkeypatch, tmp_path, stream):
+    if stream:
+        stream = open(tmp_path/'x', 'w')
+        stream.close()
+    monkeypatch.delenv('IN_TEST', raising=False)
+    monkeypatch.setattr(sys, 'stderr', stream)
     assert list(core.progress(range(3), desc='bar')) == [0, 1, 2]
-    assert 'bar: 100%' in capsys.readouterr().err
+    core.notice('nobody reads this')
+
+
+def test_workers_are_bounded_by_the_cores(monkeypatch, capsys):
+    cores = core.worker_count(10**6, 'clean_workers')
+    assert 1 <= cores <= 4096
+    said = capsys.readouterr().err
+    assert said.count('\n') == 1 and 'clean_workers = 1000000' in said and f'{cores} cores' in said
+    assert [core.worker_count(n) for n in (0, 1, cores)] == [0, 1, cores]
+    assert capsys.readouterr().err == ''
 
 
 def test_the_package_and_its_help_load_nothing_heavy():
@@ -342,3 +402,15 @@ def test_the_package_and_its_help_load_nothing_heavy():
 def test_settings_keep_their_order_and_spelling(tmp_path):
     (tmp_path/'s.ini').write_text('[B]\nKey = 1\n[a]\nlike = B\n')
     assert json.dumps(read_settings(tmp_path/'s.ini')) == '{"B": {"Key": "1"}, "a": {"Key": "1"}}'
+
+
+def test_a_bar_ends_on_the_rate_of_the_whole(monkeypatch):
+    import io, time
+    from lm_nb.core import progress
+    monkeypatch.delenv('IN_TEST', raising=False)
+    monkeypatch.setitem(sys.modules, 'ipykernel', sys)  # a bar that moves
+    with progress(unit='doc', file=io.StringIO()) as bar:
+        time.sleep(.4)  # the first takes long, as where its text is prepared before
+        bar.update(1)
+        bar.update(99)
+        assert bar.format_dict['rate'] is None or bar.format_dict['rate'] > 50

@@ -8,25 +8,28 @@ __all__ = ['RUNTIME_KEYS', 'run_lock', 'differing', 'TextShards', 'Run']
 # %% ../../nbs/4_training/07_run.ipynb #f3a6b613
 import json, os, platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ..core import (
     UserError, check, nearest, pick_device, pick_dtype, progress, read_json, root, write_json)
-from ..data.shards import Shards
+from ..data.sources import find_files, split_sources
+from ..data.shards import Shards, forget_verified
 from ..data.tokenizer import Tokenizer
 from ..data.instructions import Example
 from ..data.packing import Packed
 from ..data.prepare import (
-    DataConfig, packed_records, resolve_sources, split_records, text_shards, tokenizer_texts,
-    train_parts, write_text)
+    DataConfig, absolute_sources, check_sources, first_look, packed_records, resolve_sources,
+    stored_records, text_shards, tokenizer_texts, train_parts, write_records, write_text)
 from ..model.gpt import GPT
 from ..model.hub import load_model
 from .loop import Runtime
+from .monitor import link_run
 from .recipe import Recipe, _flatten, find_stage, recorded_recipe
 
 # %% ../../nbs/4_training/07_run.ipynb #12bbe233
@@ -64,6 +67,8 @@ def _take(folder):
             raise UserError(f'{folder}: {holder} is at work here; wait until it ends, '
                             'or choose another run_dir=') from None
         # else a file system without locks
+    os.lseek(fd, 0, os.SEEK_SET)
+    if os.read(fd, 1): forget_verified(folder)  # the last one here came to no orderly end
     os.ftruncate(fd, 0)
     os.lseek(fd, 0, os.SEEK_SET)
     os.write(fd, f'process {os.getpid()} on {platform.node()}\n'.encode())
@@ -82,7 +87,9 @@ def run_lock(
     try: yield
     finally:
         if folder in _held: _held[folder][1] -= 1
-        if folder in _held and not _held[folder][1]: os.close(_held.pop(folder)[0])
+        if folder in _held and not _held[folder][1]:
+            os.ftruncate(fd := _held.pop(folder)[0], 0)
+            os.close(fd)
 
 # %% ../../nbs/4_training/07_run.ipynb #350766e4
 def differing(
@@ -114,7 +121,8 @@ def _appended(old, new):
 def _nothing_yet(made, odd):
     "Whether nothing was made of a recipe, or nothing that these differences concern"
     reads = any(k.startswith(('seed:', 'data.', 'cleaning.')) for k in odd)
-    return made <= {'recipe.json', 'results.json'} | (set() if reads else {'corpus', 'text'})
+    read = set() if reads else {'corpus', 'text', 'records'}
+    return made <= {'recipe.json', 'results.json', 'sources.json'} | read
 
 # %% ../../nbs/4_training/07_run.ipynb #b384ddf4
 def _read_recipe(folder):
@@ -153,6 +161,13 @@ def _open_run(
     write_json(folder/'recipe.json', recipe)
     return bool(old) and not odd
 
+# %% ../../nbs/4_training/07_run.ipynb #be91af15
+def _found(sources):
+    "Whether there is something under each of these names"
+    with suppress(UserError):
+        return all(find_files(s) for s in split_sources(sources) if not s.startswith('hf:'))
+    return False
+
 # %% ../../nbs/4_training/07_run.ipynb #a755296a
 class _Texts:
     "A recipe, its folder, and what is read"
@@ -162,12 +177,20 @@ class _Texts:
     ):
         self.recipe, self.folder = recipe, Path(folder or root()/'runs'/recipe.name)
         self._records: dict[str, list[Example]] = {}
-        _open_run(self.folder, recipe.as_dict())
+        self.said: set[str] = set()  # what was said of it already
+        begun, sources = _open_run(self.folder, recipe.as_dict()), self.folder/'sources.json'
+        if not begun or not sources.exists(): write_json(sources, absolute_sources(recipe.data))
+        link_run(self.folder)
 
     @cached_property
     def data(self) -> DataConfig:
-        "What is read, with every source a path or a hub name"
-        return resolve_sources(self.recipe.data, self.folder/'corpus', self.recipe.seed)
+        "What is read, with every source a path or a hub name, the same from whatever folder"
+        was = read_json(self.folder/'sources.json')
+        named: dict[str, Any] = {**absolute_sources(self.recipe.data)}
+        for k in named.keys() & was.keys():
+            if _found(was[k]) or not _found(named[k]): named[k] = was[k]
+        there = replace(self.recipe.data, **named)
+        return resolve_sources(there, self.folder/'corpus', self.recipe.seed)
 
     @cached_property
     def text(self) -> Path:
@@ -185,13 +208,33 @@ class _Texts:
         if not folder.exists(): write_text(data, self.recipe.cleaning, self.recipe.seed, folder)
         return folder
 
+    @cached_property
+    def record_folder(self) -> Path:
+        "The folder of instruction records: a file for each part, and a report"
+        folder, recipe, named = self.folder/'records', self.recipe, self.data
+        check(named.instructions or named.instructions_test, f'recipe {recipe.name}: there are no '
+              'instruction records; set instructions= to a file or hf:owner/name')
+        if not folder.exists(): write_records(named, recipe.cleaning, recipe.seed, folder)
+        return folder
+
     def records(self,
         part:str, # 'train', 'valid' or 'test'
     ) -> list[Example]:
         "Instruction records"
+        if part == 'test' and not self.data.instructions_test: return []
         if part not in self._records:
-            self._records[part] = split_records(self.data, part, self.recipe.seed)
+            self._records[part] = list(stored_records(self.record_folder/f'{part}.jsonl'))
         return self._records[part]
+
+    def check_sources(self,
+        look:bool = True, # into those that were not read yet
+    ) -> list[str]: # what has come since they were read
+        "`UserError` names a source that cannot be read, or has changed since it was"
+        data, text, records = self.data, self.folder/'text', self.folder/'records'
+        if look: first_look(data, not text.exists() and not (self.folder/'shards').exists(),
+                            not records.exists())
+        asked = data.instructions, data.instructions_valid, data.instructions_test
+        return [*check_sources(text, data.text, data.text_valid), *check_sources(records, *asked)]
 
 # %% ../../nbs/4_training/07_run.ipynb #583aad70
 class TextShards(NamedTuple):
@@ -201,8 +244,10 @@ class TextShards(NamedTuple):
 
 def _train_tokenizer(run, path):
     "Train a run's tokenizer on its own text"
-    cfg, text = run.recipe.tokenizer, run.text if run.data.text else run.folder
-    texts = tokenizer_texts(run.data, text, run.recipe.seed)
+    cfg, data = run.recipe.tokenizer, run.data
+    both = data.instructions and (data.tokenizer_reads == 'both' or not data.text)
+    texts = tokenizer_texts(train_parts(data), run.text if data.text else None,
+                            run.record_folder if both else None)
     texts = progress(texts, desc='tokenizer: reading', unit='doc')
     Tokenizer.train(texts, cfg.vocab_size, path, cfg.kind, cfg.tokenizer_chars)
 
@@ -226,8 +271,8 @@ class _Tokens(_Texts):
     @cached_property
     def packed(self) -> dict[str, Packed]:
         "Packed instruction records: 'train' and, if there are held-out ones, 'valid'"
-        context, seed, folder = self.recipe.model.context, self.recipe.seed, self.folder/'packed'
-        return packed_records(self.data, self.tokenizer, context, seed, folder)
+        context, folder = self.recipe.model.context, self.folder/'packed'
+        return packed_records(self.record_folder, self.tokenizer, context, folder)
 
     def text_shards(self,
         data:DataConfig, # what is read
@@ -265,8 +310,10 @@ class _Models(_Tokens):
         name = before[-1] if before else 'pretrain'
         folder = self.folder/find_stage(name).output
         if not before and self.recipe.data.base: folder = Path(self.recipe.data.base)
-        check(folder.exists(), f'{folder}: no model to start {stage} from; run  lm-nb {name} '
-              f'{self.recipe.name}  first, or set base= to a model folder')
+        possible = before or self.data.text
+        todo = f'run  lm-nb {name} {self.recipe.name} ' if possible else 'set text= to train one'
+        check(folder.exists(), f'{folder}: no model to start {stage} from; {todo} first, or set '
+              'base= to a model folder')
         return folder
 
     def model_before(self,

@@ -6,15 +6,18 @@
 __all__ = ['sft_feed']
 
 # %% ../../nbs/4_training/10_sft.ipynb #b0853a3b
-import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from ..core import sha256
+from ..core import read_json, sha256, write_lines
+from ..data.sources import Report
+from ..data.survey import count_scripts
 from ..data.tokenizer import Tokenizer
 from ..data.shards import IGNORE
+from ..data.instructions import needed_context
 from ..data.packing import ReplayBatches, SFTBatches, sft_eval_batches
 from ..model.gpt import GPT
 from ..inference.chat import answer
@@ -22,9 +25,21 @@ from ..inference.evaluate import evaluation, exact_match, heldout, tally
 from .loop import Ranks
 from .recipe import Feed, Stage, register_stage
 from .run import Run
-from .pretrain import fingerprints, rows_per_step, text_batches, validation
+from .pretrain import (
+    few_held_out, fingerprints, many_passes, rows_per_step, text_batches, validation)
 
 # %% ../../nbs/4_training/10_sft.ipynb #9b9b2ef9
+def _replay_rows(
+    run:Run,
+    stage:str, # its name
+    world:int = 1, # ranks
+) -> int: # rows of a step that are text, the same number on each rank
+    "The share that the recipe replays, in rows: at least one a rank, and never all of them"
+    n, share = rows_per_step(run.recipe, stage), run.recipe.data.replay
+    if not share or not run.data.text or n < 2 * world: return 0
+    return world * min(max(round(n * share / world), 1), n // world - 1)
+
+# %% ../../nbs/4_training/10_sft.ipynb #95f10aa2
 def _sft_batches(
     run:Run,
     stage:str, # its name
@@ -32,8 +47,7 @@ def _sft_batches(
 ) -> Callable[[int], list]: # step -> this rank's micro-batches
     "Answers, and the share of pretraining text that the recipe replays"
     recipe, n = run.recipe, rows_per_step(run.recipe, stage)
-    # equal shares of the ranks, so the share of replay may be rounded otherwise on more of them
-    n_replay = ranks.world * round(n * recipe.data.replay / ranks.world)
+    n_replay = _replay_rows(run, stage, ranks.world)
     texts = run.shards.train if n_replay else []  # a missing text is named before records are read
     asked = SFTBatches(
         run.tokenizer, run.packed['train'], recipe.model.context, rows=n - n_replay,
@@ -56,6 +70,74 @@ def _mask_figure(
     ax.set(xlabel='position', ylabel='row', title='targets that count (dark) in the first step')
     return fig
 
+# %% ../../nbs/4_training/10_sft.ipynb #2c6090dc
+def _letters(
+    texts:Iterable[str],
+) -> dict[str, float]: # {script: share of the letters}
+    "Which scripts some texts are written in"
+    counts = sum(map(count_scripts, texts), Counter())
+    for other in ('blanks', 'marks', 'digits'): counts.pop(other, None)
+    return {script: n / counts.total() for script, n in counts.most_common()}
+
+# %% ../../nbs/4_training/10_sft.ipynb #44974d1c
+def _foreign(
+    text:dict[str, float], # {script: share of the letters} of what is read
+    asked:dict[str, float], # the same of the records
+) -> str: # a sentence, or the empty string
+    "Say that the records are in a script that the text hardly has"
+    odd = [k for k, share in asked.items() if share > .3 and text.get(k, 0) < .03]
+    if not odd or not text: return ''
+    return (f'{asked[odd[0]]:.0%} of the letters in the records are {odd[0]}, of the text '
+            f'{text.get(odd[0], 0):.1%}: the model meets the language of the questions only in '
+            'fine-tuning. Give text in that language, too')
+
+# %% ../../nbs/4_training/10_sft.ipynb #7d227aa6
+def _too_long(
+    report:Report, # of packing
+    context:int, # positions of a row
+) -> str: # a sentence, or the empty string
+    "Say that many records do not fit into a row, and how long a row would have to be"
+    out, keep = report.rows - report.kept, needed_context(report)
+    if out < report.rows / 10 or not keep: return ''
+    count = {n: f'{n:,} of them' for n in keep.values()} | {out: 'all'}
+    some = ', '.join(f'context={length} would keep {count[n]}' for length, n in keep.items())
+    return (f'{out:,} of {report.rows:,} records are longer than context = {context} and are left '
+            f'out; {some}')
+
+# %% ../../nbs/4_training/10_sft.ipynb #4a05e8a1
+def _rounded(run, stage):
+    "Say what the share of replay becomes in whole rows"
+    share, n = run.recipe.data.replay, rows_per_step(run.recipe, stage)
+    if not share: return ''
+    if not run.data.text: return f'replay = {share} has no effect: there is no text to replay'
+    rows = _replay_rows(run, stage)
+    room = f'sft.batch_tokens={4 * run.recipe.model.context} makes it four'
+    if not rows: return f'replay = {share} has no effect: a step has a single row; {room}'
+    if abs(rows/n - share) < .2 * min(share, 1 - share): return ''
+    return f'replay = {share} becomes {rows/n:.0%}: {rows} of the {n} rows of a step'
+
+# %% ../../nbs/4_training/10_sft.ipynb #0b63f3d6
+def _sample_text(run, most=20_000):
+    "The first tokens of the training text, as text"
+    if not run.data.text: return []
+    return [run.tokenizer.decode(s.tokens(0, min(most, len(s))).tolist()) for s in run.shards.train]
+
+# %% ../../nbs/4_training/10_sft.ipynb #d1d71291
+def _prepare(
+    run:Run,
+) -> list[str]: # sentences
+    "Make whatever the stage reads, and say what is odd about it"
+    if run.recipe.stage_names[:1] == ['sft']: run.folder_before('sft')  # or an hour is lost
+    packed, n, context = run.packed, rows_per_step(run.recipe, 'sft'), run.recipe.model.context
+    answers = (n - _replay_rows(run, 'sft')) / n  # the share of a step that is no replayed text
+    tokens = round(run.recipe.configs['sft'].tokens * answers)
+    valid = packed['valid'].index['examples'] if 'valid' in packed else 0
+    report = Report(**read_json(run.folder/'packed'/'train-report.json'))
+    asked = _letters(e.text for e in run.records('train')[:500])
+    return [many_passes('sft', tokens, packed['train'].index['rows'] * context, 'records', 10),
+            few_held_out(valid, 'records', 'instructions_valid'), _too_long(report, context),
+            _rounded(run, 'sft'), _foreign(_letters(_sample_text(run)), asked)]
+
 # %% ../../nbs/4_training/10_sft.ipynb #2ba996d3
 def sft_feed(
     run:Run,
@@ -76,7 +158,7 @@ def sft_feed(
 
 # %% ../../nbs/4_training/10_sft.ipynb #13291883
 _SFT = register_stage(Stage(
-    'sft', start=lambda run: run.model_before('sft'), output='chat', chat=True,
+    'sft', start=lambda run: run.model_before('sft'), output='chat', chat=True, prepare=_prepare,
     feed=lambda run, ranks: sft_feed(run, 'sft', ranks)))
 
 # %% ../../nbs/4_training/10_sft.ipynb #35a30543
@@ -103,8 +185,7 @@ def _answer_scores(
     test = run.records('test')
     if not test: return {}
     scores, answers = exact_match(gpt, tok, test)
-    with (run.folder/'answers.jsonl').open('w', encoding='utf-8') as f:
-        f.writelines(json.dumps(a._asdict(), ensure_ascii=False) + '\n' for a in answers)
+    write_lines(run.folder/'answers.jsonl', (a._asdict() for a in answers))
     out: dict[str, Any] = dict(exact=scores)
     if any('wording' in e.extra for e in test):
         out['by_wording'] = tally(test, answers, by=lambda e: f'{e.task} {e.extra.get("wording")}')

@@ -237,7 +237,7 @@ def job(folder):
     assert ended(child(both, folder/'whole', said='whole.txt')) == 0, Path('whole.txt').read_text()
     want, rng, run, k = fingerprint(folder/'whole'), random.Random(1), folder/'run-0', 0
     files = [p.relative_to(folder/'whole') for name in ('tokenizer', 'shards', 'packed', 'text')
-             for p in (folder/'whole'/name).rglob('*') if p.is_file()]
+             for p in (folder/'whole'/name).rglob('[!.]*') if p.is_file()]
     with soak.trials('kill -9 anywhere in a whole job') as tally:
         n = soak.count(8, 60)
         while tally.count < n or k == 0:
@@ -261,8 +261,13 @@ def job(folder):
         assert len(files) > 5
 
 
+def spoken(path):
+    "What a command has said, without the notes on its data"
+    return [l for l in Path(path).read_text().splitlines() if not l.startswith('•')]
+
+
 def signals(folder):
-    "SIGTERM and Ctrl-C: saved, one line, status 130; the same command goes on"
+    "SIGTERM and Ctrl-C: saved, one line, status 130; the command that it names goes on"
     desk(folder)
     words = 'pretrain', 'tiny', 'pretrain.tokens=19200', 'save_every=0'   # 120 steps
     assert ended(child(shell, *words, f'run_dir={folder/"whole"}')) == 0
@@ -274,9 +279,9 @@ def signals(folder):
                          rng.randrange(3, 60))
             while len(curve(run/'pretrain')) < upto: time.sleep(.005)
             os.kill(pid, kind)
-            status, lines = ended(pid), Path('said.txt').read_text().splitlines()
+            status, lines = ended(pid), spoken('said.txt')
             ok = (status == 130 and len(lines) == 1
-                  and 'and saved; the same command goes on' in lines[0]
+                  and f'and saved; lm-nb run {run} goes on' in lines[0]
                   and len(steps_saved(run/'pretrain'/'checkpoints')) == 1)
             assert ended(child(shell, *words, f'run_dir={run}')) == 0
             tally.add(ok and fingerprint(run) == fingerprint(folder/'whole'),
@@ -337,7 +342,7 @@ def memory(folder):
             saved = steps_saved(run/'pretrain'/'checkpoints')
             status = ended(child(limited, 220 << 20, *words, 'micro_rows=1024', f'run_dir={run}',
                                  said='said.txt'))
-            said = Path('said.txt').read_text().splitlines()
+            said = spoken('said.txt')
             ok = status == 2 and len(said) == 1 and all(w in said[0] for w in (
                 'lm-nb: out of memory: ', 'micro_rows=', 'the last checkpoint is intact'))
             ok = ok and saved == steps_saved(run/'pretrain'/'checkpoints')

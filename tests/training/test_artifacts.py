@@ -75,7 +75,7 @@ def test_weighted_sources_are_mixed_in_every_batch(tmp_path, run):
             for row in b.x]
     chinese = sum(any(c > '\u3000' for c in r) for r in rows)
     assert abs(chinese - len(rows)/2) <= 0.03*len(rows)
-    read = list(tokenizer_texts(here.data, here.text, here.recipe.seed))
+    read = list(tokenizer_texts(['train-0', 'train-1'], here.text, None))
     assert len(read) == texts[0].n_docs + texts[1].n_docs
 
 
@@ -104,7 +104,7 @@ def test_an_interrupted_read_leaves_nothing_that_looks_whole(tmp_path, run):
     here = run(f'text={tmp_path/"a.jsonl"}')
     with pytest.raises(UserError, match='not UTF-8'): here.text  # noqa: B018
     assert not (here.folder/'text').exists()
-    assert [p.name for p in here.folder.iterdir()] == ['recipe.json']
+    assert {p.name for p in here.folder.iterdir()} == {'recipe.json', 'sources.json'}
 
 
 def test_instructions_alone_train_a_tokenizer(tmp_path, run):
@@ -112,7 +112,7 @@ def test_instructions_alone_train_a_tokenizer(tmp_path, run):
     asks = [dict(instruction=f'What is number {i}?', output=answer(i)) for i in range(60)]
     (tmp_path/'ask.json').write_text(json.dumps(asks))
     here = run('text=', f'instructions={tmp_path/"ask.json"}')
-    assert 40 < len(list(tokenizer_texts(here.data, here.folder, here.recipe.seed))) < 60
+    assert 40 < len(list(tokenizer_texts(['train'], None, here.record_folder))) < 60
     assert here.tokenizer.decode([]) == '' and not (here.folder/'text').exists()
     with pytest.raises(UserError, match='no text to read'): here.text  # noqa: B018
 
@@ -126,15 +126,15 @@ def test_one_sft_reads_and_packs_its_records_once(tmp_path, run, monkeypatch):
     (tmp_path/'ask.json').write_text(json.dumps(asks))
     here = run(f'text={write(tmp_path/"a.jsonl", articles(60))}',
                f'instructions={tmp_path/"ask.json"}', 'valid_share=0.2', 'base=')
-    counted = {'split': 0, 'packed': 0}
+    counted = {'read': 0, 'packed': 0}
     def count(name, f):
         def counting(*a, **kw):
             counted[name] += 1
             return f(*a, **kw)
         return counting
-    monkeypatch.setattr(prepare, 'split_records', count('split', prepare.split_records))
+    monkeypatch.setattr(prepare, 'read_instructions', count('read', prepare.read_instructions))
     monkeypatch.setattr(module, 'packed_records', count('packed', module.packed_records))
     (here.folder/'base').mkdir()
     (here.folder/'base'/'model.safetensors').write_bytes(b'weights')
     for _ in range(3): sft_feed(here, 'sft')
-    assert counted == dict(split=2, packed=1), 'each part is read once, and packed once'
+    assert counted == dict(read=1, packed=1), 'records are read once, and packed once'

@@ -1,12 +1,13 @@
 "One process in one folder, and whose run it is"
-import json, os, signal, time
+import json, os, shutil, signal, time
 from pathlib import Path
 
 import pytest
 
-from lm_nb.core import UserError, atomic, read_json
+from lm_nb.core import UserError, atomic, read_json, root
+from lm_nb.training import stage
 from lm_nb.training.recipe import Stage, load_recipe, recorded_recipe, register_stage
-from lm_nb.training.run import differing, _open_run, run_lock
+from lm_nb.training.run import Run, differing, _open_run, run_lock
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*fork.*')
 
@@ -40,6 +41,23 @@ def test_a_second_process_is_refused_and_a_dead_one_keeps_nothing(tmp_path):
             lambda: _in_child(lambda: run_lock(tmp_path/'r').__enter__()))
     with run_lock(tmp_path/'r'): pass
     assert _open_run(tmp_path/'r', dict(a=1)) is False  # a lock is no content
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+@pytest.mark.parametrize('how', ['orderly', 'a mistake', 'killed'])
+def test_only_after_a_crash_are_token_files_read_again(tmp_path, how):
+    note = tmp_path/'shards'/'train'/'.verified.json'
+    note.parent.mkdir(parents=True)
+    note.write_text('{}')
+    if how == 'killed':
+        other = holder(tmp_path)
+        os.kill(other, signal.SIGKILL), os.waitpid(other, 0)
+    elif how == 'orderly':
+        with run_lock(tmp_path), run_lock(tmp_path): pass
+    else:
+        with pytest.raises(UserError), run_lock(tmp_path): raise UserError('a mistake')
+    assert note.exists()
+    with run_lock(tmp_path): assert note.exists() == (how != 'killed')
+
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 def test_a_forked_child_does_not_keep_its_parents_lock(tmp_path):
@@ -160,6 +178,11 @@ def test_a_mistake_in_a_plugin_is_one_line(tmp_path, text, line):
     keys = f'plugins={tmp_path}/plugin.py', 'stages=pretrain sft extra'
     assert line in told(load_recipe, 'micro', keys)
 
+@pytest.mark.parametrize('name', ['plugin.txt', 'settings.ini', 'plugin'])
+def test_a_plugin_is_a_python_file(tmp_path, name):
+    (tmp_path/name).write_text(PLUGIN.format(output='extra'))
+    assert 'must end in .py' in told(load_recipe, 'micro', [f'plugins={tmp_path/name}'])
+
 def test_a_plugin_that_has_gone_is_named(tmp_path):
     assert 'there is no file gone.py' in told(load_recipe, 'micro', ['plugins=gone.py'])
     (tmp_path/'recipe.json').write_text(json.dumps(dict(name='x', plugins='gone.py')))
@@ -173,3 +196,49 @@ def test_the_last_definition_of_a_stage_counts():
     one, two = (register_stage(Stage('again', None, None, output=o)) for o in ('one', 'two'))
     assert load_recipe('micro', ['stages=pretrain again']).stage_names == ['pretrain', 'again']
     assert register_stage(one) is one is not two
+
+
+SMALL = ['n_layer=1', 'n_head=1', 'd_model=32', 'vocab_size=300', 'pretrain.tokens=512',
+         'context=32', 'device=cpu']
+
+def _grow(folder): (folder/'b.txt').write_text('came later, and long enough to be a text\n')
+def _edit(folder): (folder/'a.txt').write_text('something else, and long enough to be a text\n' * 9)
+
+@pytest.mark.parametrize('change,word', [
+    (_grow, 'b.txt came after'), (_edit, 'a.txt: has changed')])
+def test_a_run_that_is_done_says_that_its_source_is_another_now(tmp_path, capsys, change, word):
+    "It trains nothing, so what it shows is of the source as it was"
+    texts = tmp_path/'my texts'
+    texts.mkdir()
+    lines = [f'a line that is number {i} of this text' for i in range(90)]
+    (texts/'a.txt').write_text('\n'.join(lines))
+    recipe = load_recipe('own', [f'text="{texts}"', 'valid_share=0.3', *SMALL])
+    stage.prepare_stages(run := Run(recipe, tmp_path/'run'), ['pretrain'])
+    (run.folder/'base').mkdir()
+    stage.prepare_stages(Run(recipe, run.folder), ['pretrain'])
+    before = capsys.readouterr()
+    assert word not in before.out + before.err
+    change(texts)
+    stage.prepare_stages(Run(recipe, run.folder), ['pretrain'])
+    after = capsys.readouterr()
+    assert (after.out + after.err).count(word) == 1
+
+
+def test_sources_are_those_of_the_folder_where_the_run_began(tmp_path, monkeypatch):
+    "The same words name other files, or none, in another folder"
+    for place in 'here', 'there':
+        (tmp_path/place).mkdir()
+        rows = [dict(instruction=f'{place} {i}?', output=f'{i}.') for i in range(40)]
+        (tmp_path/place/'r.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    words = ['text=', 'instructions=r.jsonl', 'vocab_size=290', 'valid_share=0.2', 'base=x']
+    shutil.copy(root()/'settings.ini', tmp_path)
+    monkeypatch.chdir(tmp_path/'here')
+    Run(load_recipe('own', words), tmp_path/'run')
+    for place in 'there', 'here', '.':
+        monkeypatch.chdir(tmp_path/place)
+        run = Run.open(tmp_path/'run')
+        assert all(e.prompt.startswith('here') for e in run.records('train'))
+        shutil.rmtree(tmp_path/'run'/'records')
+    (tmp_path/'here').rename(tmp_path/'moved')
+    monkeypatch.chdir(tmp_path/'moved')
+    assert Run.open(tmp_path/'run').data.instructions == str(tmp_path/'moved'/'r.jsonl')

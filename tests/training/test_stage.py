@@ -1,6 +1,6 @@
 """The loop and the two stages: what is learned, and that stopping, dividing and sharing the work
 change nothing"""
-import os, shutil, signal, subprocess, sys, time
+import os, re, shutil, signal, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -81,7 +81,7 @@ def stopping(monkeypatch, stage, after, step):
                   partial(train, stop=lambda: asked.append(1) or len(asked) == after))
         with pytest.raises(
             Interrupted,
-            match=f'{stage}: stopped at step {step} of .*the same command goes on') as e:
+            match=f'{stage}: stopped at step {step} of .*; lm-nb run .* goes on from there') as e:
             yield
         assert e.value.status == 130
 
@@ -116,7 +116,7 @@ def test_a_stop_between_two_points_of_the_curve_does_not_bend_it(at_desk, tmp_pa
 
 
 def test_after_a_crash_the_log_is_cut_back_to_the_checkpoint(tmp_path):
-    class Crash(Exception): pass
+    class Crash(BaseException): pass
     def crash(gpt, runtime): raise Crash
     c = cfg(12, save_every=4)
     train(small(), Feed(uneven), c, tmp_path/'whole')
@@ -158,7 +158,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_same_command_does(desk, tmp_path
     out, err = job.communicate(timeout=60)
     assert job.returncode == 130, err
     assert 'Traceback' not in err
-    assert 'and saved; the same command goes on from there' in err.splitlines()[-1]
+    assert f'and saved; lm-nb run {run} goes on from there' in err.splitlines()[-1]
     done = int(err.split('stopped at step ')[1].split()[0])
     assert 5 < done < n and not (run/'base').exists()
     again = shell(desk, *command)
@@ -170,6 +170,113 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_same_command_does(desk, tmp_path
     here, there = (curve(f/'pretrain', 'loss', 'valid_loss') for f in (run, tmp_path/'whole'))
     assert len(here) == len(there)
     assert all(a == pytest.approx(b, rel=1e-5) for a, b in zip(here, there))
+
+
+# ------------------------------------------------------------------ what is looked at meanwhile
+
+class Dies(BaseException): "As a kill does, but for what is on its way to the disk"
+
+
+@pytest.mark.parametrize('what', ['validate', 'sample'])
+@pytest.mark.parametrize('step', [4, 8, 12])
+def test_what_dies_behind_a_checkpoint_is_owed_and_made_up_for(tmp_path, what, step):
+    "A checkpoint comes first; the curve has every point all the same, and each only once"
+    c = cfg(12, save_every=4, eval_every=4, sample_every=4)
+    looked = []
+    def watched(mortal):
+        def look(kind):
+            looked.append(kind)
+            if mortal and kind == what and looked.count(kind) == step//4: raise Dies
+            return {'valid_loss': 1. + len(looked)} if kind == 'validate' else 'what it says'
+        return Feed(uneven, lambda gpt, runtime: look('validate'), lambda gpt: look('sample'))
+    with pytest.raises(Dies): train(small(), watched(True), c, tmp_path)
+    assert (tmp_path/'checkpoints'/f'step-{step:08}').exists()
+    train(small(), watched(False), c, tmp_path)
+    rows = read_log(tmp_path)
+    assert [r['step'] for r in rows if 'loss' in r] == list(range(1, 13))
+    assert [r['step'] for r in rows if 'valid_loss' in r] == [4, 8, 12]
+    headings = [l for l in (tmp_path/'samples.md').read_text().splitlines() if l.startswith('## ')]
+    assert headings == ['## step 4', '## step 8', '## step 12']
+    assert train(small(), watched(False), c, tmp_path) == {}, 'there is nothing left to do'
+
+
+@pytest.mark.parametrize('error', [
+    UserError('there is nothing to measure'), ValueError('a row\nof two lines'), OSError(5, 'bad'),
+    torch.OutOfMemoryError('too much')])
+def test_what_fails_meanwhile_costs_one_line(tmp_path, capsys, error):
+    def fails(*_): raise error
+    c = cfg(8, save_every=2, eval_every=2, sample_every=4)
+    got = train(small(), Feed(uneven, fails, fails, figures=fails), c, tmp_path)
+    whole = train(small(), Feed(uneven), c, tmp_path/'whole')
+    assert got['loss'] == whole['loss'] and 'valid_loss' not in got
+    (line,) = [l for l in capsys.readouterr().out.splitlines() if 'failed' in l]
+    assert line.startswith('train: validation failed: ') and line.endswith('; the run goes on')
+
+
+@contextmanager
+def small_disk(folder, size):
+    "A file system of its own, where this process may have one"
+    folder.mkdir()
+    how = ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', str(folder)]
+    try: mounted = subprocess.run(how, capture_output=True).returncode == 0
+    except OSError: mounted = False
+    if not mounted: pytest.skip('file systems cannot be mounted here')
+    try: yield folder
+    finally: subprocess.run(['umount', str(folder)], check=True)
+
+
+def fill(path):
+    with path.open('wb', buffering=0) as f:
+        for size in (2**16, 2**12, 1):
+            try:
+                while True: f.write(bytes(size))
+            except OSError: pass
+
+
+def points(folder):
+    return [(r['step'], r.get('loss'), r.get('valid_loss')) for r in read_log(folder)]
+
+
+def test_a_full_disk_costs_no_point_once_there_is_room_again(tmp_path, capfd):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    c = cfg(60, eval_every=5, sample_every=10)
+    def feed(ballast=None):
+        def batches(step):
+            if ballast and step == 20: fill(ballast)
+            if ballast and step == 40: ballast.unlink()
+            return uneven(step)
+        return Feed(batches, lambda gpt, runtime: {'valid_loss': 2.}, lambda gpt: 'text ' * 400)
+    train(small(), feed(), c, tmp_path/'roomy')
+    with small_disk(tmp_path/'disk', '4m') as disk:
+        train(small(), feed(disk/'ballast'), c, disk/'run')
+        assert points(disk/'run') == points(tmp_path/'roomy')
+        texts = [(f/'samples.md').read_text() for f in (disk/'run', tmp_path/'roomy')]
+        assert texts[0] == texts[1]
+        shown = [EventAccumulator(str(f)).Reload() for f in (disk/'run', tmp_path/'roomy')]
+        for tag in ('loss/train', 'loss/valid'):
+            assert len(shown[0].Scalars(tag)) == len(shown[1].Scalars(tag))
+        assert (disk/'run'/'checkpoints'/'step-00000060').exists()
+    said = ''.join(capfd.readouterr())
+    (line,) = [l for l in said.splitlines() if 'No space' in l]
+    assert 'disk/run/' in line and line.endswith('the run goes on') and 'Traceback' not in said
+
+
+def test_a_disk_that_stays_full_costs_points_and_checkpoints_but_not_the_run(tmp_path, capfd):
+    c = cfg(30, eval_every=5, save_every=10)
+    with small_disk(tmp_path/'disk', '4m') as disk:
+        def batches(step):
+            if step == 12: fill(disk/'ballast')
+            return uneven(step)
+        feed = Feed(batches, lambda gpt, runtime: {'valid_loss': 2.})
+        with pytest.raises(UserError, match='step 30 could not be saved: .*run/checkpoints'):
+            train(small(), feed, c, disk/'run')
+        assert (disk/'run'/'checkpoints'/'step-00000010').exists()
+        (disk/'ballast').unlink()
+        assert train(small(), Feed(uneven, feed.validate), c, disk/'run')['loss'] < 4
+        assert [s for s, loss, _ in points(disk/'run') if loss] == list(range(1, 31))
+    said = ''.join(capfd.readouterr())
+    assert said.count('No space left') == 1 and 'found no room' in said, said
+    assert 'Traceback' not in said
 
 
 # ------------------------------------------------------------------ two ranks
@@ -214,19 +321,23 @@ def test_tensorboard_has_the_curves_texts_pictures_and_the_recipe(whole):
         events = EventAccumulator(str(whole/stage),
                                   size_guidance=dict(scalars=0, images=0, tensors=0)).Reload()
         tags = events.Tags()
-        want = {'loss', 'valid_loss', 'lr', 'grad_norm', 'tokens_per_s', 'mfu', 'memory_gib'} | (
-            {'valid_bits_per_byte'} if stage == 'pretrain' else set())
-        assert want <= set(tags['scalars']), stage
-        shown = [(e.step, e.value) for e in events.Scalars('loss')]
+        want = {'loss/train', 'loss/valid', 'optim/lr', 'optim/grad_norm', 'speed/tokens_per_s',
+                'speed/mfu', 'speed/tokens', 'memory/gib'} | (
+            {'loss/valid_bits_per_byte'} if stage == 'pretrain' else set())
+        assert want == set(tags['scalars']), stage
+        assert all(len(events.Scalars(t)) > 1 for t in want), 'a curve has more than one point'
+        shown = [(e.step, e.value) for e in events.Scalars('loss/train')]
         assert shown == [(s, pytest.approx(x, rel=1e-6)) for s, x in curve(whole/stage, 'loss')]
         assert picture in tags['images']
         assert events.Images(picture)[0].encoded_image_string[1:4] == b'PNG'
         text = events.Tensors(next(t for t in tags['tensors'] if t.startswith('sample')))
         assert len(text) >= 2 and text[-1].tensor_proto.string_val[0].decode()
-        assert any('hparams' in t for t in events.summary_metadata), 'the recipe'
-        mfu = [e.value for e in events.Scalars('mfu')]
+        assert {'_hparams_/experiment', '_hparams_/session_start_info',
+                '_hparams_/session_end_info'} <= set(events.summary_metadata), 'the recipe'
+        mfu = [e.value for e in events.Scalars('speed/mfu')]
         assert all(0 < x < 1 for x in mfu)
-        assert all(0 < e.value < 100 for e in events.Scalars('memory_gib'))
+        assert all(0 < e.value < 100 for e in events.Scalars('memory/gib'))
+    assert not [p for p in whole.rglob('events*') if p.parent.name not in ('pretrain', 'sft')]
 
 
 # ------------------------------------------------------------------ what training needs
@@ -276,3 +387,40 @@ def test_a_model_is_trained_where_it_stands_and_left_in_training_mode(tmp_path):
         return {'valid_loss': 1.}
     train(gpt, Feed(uneven, validate), cfg(4, eval_every=2), tmp_path)
     assert modes == [(True, False)] * 2 and gpt.training and isinstance(gpt, nn.Module)
+
+
+@pytest.mark.parametrize('heads', [1, 3, 6])
+def test_an_attention_picture_names_its_tokens_whatever_they_are(heads, recwarn):
+    import io
+    from lm_nb.data.tokenizer import Tokenizer
+    from lm_nb.model.gpt import GPT, GPTConfig
+    from lm_nb.training.pretrain import _attention_figure
+    text = '双岭镇 $5 & $x_$ \\frac{ price\nnew\tline \x01 双岭镇'
+    tok = Tokenizer.train([text]*3, 300, kind='bpe')
+    gpt = GPT(GPTConfig(vocab_size=len(tok), context=64, n_layer=1, n_head=heads, d_model=48))
+    fig = _attention_figure(gpt, tok, text, 0)
+    fig.savefig(out := io.BytesIO())
+    want = [p.replace('\n', '⏎') for p in tok.pieces(text)[:40]]
+    drawn = fig.axes[:heads]
+    assert all([t.get_text() for t in ax.get_xticklabels()] == want for ax in drawn)
+    assert [t.get_text() for t in drawn[0].get_yticklabels()] == want
+    assert [ax.get_title() for ax in drawn] == [f'layer 0, head {k}' for k in range(heads)]
+    assert not any(ax.axison for ax in fig.axes[heads:]) and out.getvalue()
+    assert not [w for w in recwarn if 'Glyph' in str(w.message)]
+
+
+def test_the_script_in_the_readme_trains_and_goes_on(tmp_path):
+    "Exactly the text that stands there; started again it finds everything done"
+    readme = (PACKAGE/'README.md').read_text(encoding='utf-8')
+    blocks = re.findall(r'```python\n(.*?)```', readme, re.S)
+    script = next(b for b in blocks if 'train(' in b)
+    assert len(script.splitlines()) <= 22
+    said = []
+    for _ in range(2):
+        job = shell(tmp_path, '-c', script)
+        out, err = job.communicate(timeout=120)
+        assert job.returncode == 0, err
+        said.append(out.strip())
+        first, *_, last = read_log(tmp_path/'runs'/'mine')
+        assert last['step'] == 60 and last['valid_loss'] < 2 < 4 < first['loss']
+    assert 'valid_loss' in said[0] and said[1] == '{}'

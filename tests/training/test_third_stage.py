@@ -109,7 +109,7 @@ def test_it_is_stopped_and_resumed_bitwise(desk, whole):
 def test_it_is_planned_evaluated_and_reported(desk, whole):
     assert 'more' in said(desk, 'plan', 'tiny', 'run_dir=whole').splitlines()[0]
     run, report = whole
-    measured = json.loads(said(desk, 'evaluate', 'tiny', 'run_dir=whole'))
+    measured = json.loads(said(desk, 'evaluate', 'tiny', 'run_dir=whole', 'json=true'))
     assert list(measured) == ['base', 'continued', 'chat']
     assert measured['continued']['heldout'] == read_json(run/'results.json')['continued']['heldout']
     assert f'{measured["continued"]["heldout"]["bits_per_byte"]:.3f} bits per byte' in report

@@ -15,7 +15,7 @@ ONE     := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 help: ## this list
 	@awk -F': .*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' Makefile
 
-run: $(VENV)/.run ## train and measure a model on the microworld, then chat with it (RECIPE=micro ARGS="key=value …")
+run: $(VENV)/.run ## the main job: train a model of the microworld and measure it (RECIPE=micro ARGS="key=value …")
 	@$(BIN)/lm-nb run $(RECIPE) $(ARGS)
 
 test: $(VENV)/.dev ## every check: export, README, lint, pytest, the notebooks, the site
@@ -30,15 +30,15 @@ test: $(VENV)/.dev ## every check: export, README, lint, pytest, the notebooks, 
 soak: $(VENV)/.dev ## the fault tests at their full counts (an hour or more); writes nbs/4_training/results/soak.json
 	@$(ONE) $(BIN)/python tools/soak.py $(ARGS)
 
-lab: $(VENV)/.dev ## JupyterLab on the chapters
-	@$(BIN)/jupyter trust nbs/*.ipynb nbs/*/*.ipynb >/dev/null
-	@PATH="$$PWD/$(BIN):$$PATH" $(BIN)/jupyter lab --notebook-dir nbs
+lab: $(VENV)/.dev ## JupyterLab on the chapters (ARGS="--port 9999 …": its own options)
+	@mkdir -p runs; $(BIN)/jupyter trust --log-level WARN nbs/*.ipynb nbs/*/*.ipynb >/dev/null
+	@PATH="$$PWD/$(BIN):$$PATH" $(BIN)/jupyter lab --config tools/jupyter_server_config.py $(ARGS)
 
 bench: $(VENV)/.dev ## speed and memory on this machine, side by side
 	@$(BIN)/lm-nb bench $(ARGS)
 
-board: $(VENV)/.run ## TensorBoard on the runs
-	@mkdir -p runs; $(BIN)/tensorboard --logdir runs
+board: $(VENV)/.run ## TensorBoard on all runs, wherever they lie (ARGS="RECIPE port=7000": one run, another port)
+	@$(BIN)/lm-nb board $(ARGS)
 
 docs: $(VENV)/.dev ## build the documentation site in _docs/
 	@$(BIN)/python tools/site.py
@@ -75,9 +75,6 @@ $(VENV)/.run: $(BIN)/python pyproject.toml constraints.txt
 	@echo "-- installing lm_nb and what it runs on into $(VENV) (minutes the first time: torch is large)"
 	@$(PIP) -e . && touch $@
 
-$(VENV)/.dev: $(VENV)/.run tools/lab.json tools/jupyter_server_config.py
+$(VENV)/.dev: $(VENV)/.run
 	@echo "-- installing JupyterLab and the tools for tests and documentation"
-	@$(PIP) -e '.[dev]'
-	@mkdir -p $(VENV)/share/jupyter/lab/settings $(VENV)/etc/jupyter
-	@cp tools/lab.json $(VENV)/share/jupyter/lab/settings/overrides.json
-	@cp tools/jupyter_server_config.py $(VENV)/etc/jupyter/ && touch $@
+	@$(PIP) -e '.[dev]' && touch $@

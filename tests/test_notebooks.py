@@ -1,5 +1,6 @@
 "What every notebook has to be: opened without a dialog, read without a run, the same everywhere"
 import ast
+import asyncio
 import json
 import os
 import re
@@ -17,7 +18,7 @@ CHAPTERS = [p for p in NOTEBOOKS if p.stem not in ('index', 'contributing')]
 PARTS = 'core data model inference training alignment use bench workbook cli'.split()
 
 
-def page(path): return re.sub(r'^\d\d_', '', path.stem)  # 07_tokenizer -> tokenizer
+def page(path): return re.sub(r'^\d\d_', '', path.stem)  # 09_tokenizer -> tokenizer
 
 
 def reading_order():
@@ -96,6 +97,43 @@ def test_jupyter_knows_the_kernel(path):
     assert nb['metadata']['kernelspec']['name'] == 'python3'
     assert nb['nbformat'] == 4 and all(c.get('id') for c in nb['cells'])
     assert len({c['id'] for c in nb['cells']}) == len(nb['cells'])
+
+
+@pytest.fixture(scope='module')
+def desk(tmp_path_factory):
+    "JupyterLab's files as `make lab` serves them, in an empty folder"
+    from traitlets.config import PyFileConfigLoader
+    config = PyFileConfigLoader('jupyter_server_config.py', path=str(ROOT / 'tools')).load_config()
+    folder = str(tmp_path_factory.mktemp('desk'))
+    config.NotebookNotary.data_dir = str(tmp_path_factory.mktemp('signatures'))
+    return config.ServerApp.contents_manager_class(root_dir=folder, config=config)
+
+
+def opened_and_saved(desk, path):
+    "What JupyterLab gets when it opens a notebook; it saves it with what a run adds, and closes it"
+    async def both():
+        model = await desk.get(path.name)
+        for cell in model['content']['cells']:
+            if cell['cell_type'] != 'code': continue
+            cell['metadata'] |= dict(trusted=True, collapsed=False)
+            cell['execution_count'] = 7
+        await desk.save(dict(type='notebook', content=json.loads(json.dumps(model['content']))),
+                        path.name)
+        return model['content'], (await desk.get(path.name))['content']
+    return asyncio.run(both())
+
+
+@every
+def test_jupyterlab_finds_and_leaves_nothing_to_save(path, desk):
+    copy = Path(desk.root_dir) / path.name
+    copy.write_bytes(path.read_bytes())
+    before, after = opened_and_saved(desk, copy)
+    assert copy.read_bytes() == path.read_bytes(), 'it is not as `nbdev-clean` leaves it'
+    assert all(c['metadata'] == {'trusted': True} for c in after['cells'] if 'outputs' in c)
+    from ipykernel.ipkernel import IPythonKernel
+    about = before['metadata']
+    assert about['language_info'] == IPythonKernel.language_info
+    assert set(about['kernelspec']) == {'name', 'display_name', 'language'}
 
 
 @every

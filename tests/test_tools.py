@@ -3,8 +3,13 @@ import base64
 import copy
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -249,7 +254,7 @@ def markdown(page): return '\n'.join(c.source for c in page.cells if c.cell_type
 
 
 def test_pages_have_no_numbers():
-    assert site.page(Path('1_data/02_corpus.ipynb')) == '1_data/corpus.html'
+    assert site.page(Path('1_data/03_corpus.ipynb')) == '1_data/corpus.html'
     assert site.page('index.ipynb') == 'index.html'
 
 
@@ -332,3 +337,50 @@ def test_readme_is_the_notebook(tmp_path, monkeypatch):
         '| 97.5 | [t](nbs/1_data/01_one.ipynb) |\n\n'
         '<img src="nbs/images/index-c2-1.png" alt="Title" width="380">\n')
     assert list(files) == ['nbs/images/index-c2-1.png']
+
+
+# --- JupyterLab
+
+@pytest.fixture(scope='module')
+def lab(tmp_path_factory):
+    "JupyterLab as `make lab` starts it: how to ask it, its address, and all that it has said"
+    home = tmp_path_factory.mktemp('home')
+    said = home/'said.txt'
+    words = '-m jupyterlab --config tools/jupyter_server_config.py --no-browser'.split()
+    with said.open('w') as out, subprocess.Popen(
+            [sys.executable, *words], cwd=ROOT, env={**os.environ, 'HOME': str(home)},
+            stdout=out, stderr=out) as server:
+        try:
+            end = time.time() + 60
+            while not (url := re.search(r'(http://localhost:\d+)(\S+)\?token=(\w+)',
+                                        said.read_text())) and time.time() < end: time.sleep(.2)
+            def ask(page, /, **about):
+                asked = Request(url[1] + page, headers={'Authorization': f'token {url[3]}'},
+                                data=json.dumps(about).encode() if about else None)
+                with urlopen(asked) as answer: return answer.read().decode()
+            ask.address, ask.token = url[1].replace('http', 'ws'), url[3]
+            yield ask, url[2], said.read_text
+        finally: server.terminate()
+
+
+def test_jupyterlab_opens_the_home_page_of_the_repository(lab):
+    ask, page, _ = lab
+    assert page == '/lab/tree/README.md' and 'JupyterLab' in ask(page)
+    there = {one['name'] for one in json.loads(ask('/api/contents'))['content']}
+    assert {'README.md', 'nbs', 'data', 'settings.ini'} <= there
+    kept = json.loads(ask('/lab/api/settings/@jupyterlab/docmanager-extension:plugin'))
+    assert kept['schema']['properties']['defaultViewers']['default'] == {
+        'markdown': 'Markdown Preview'}  # rendered
+
+
+def test_jupyterlab_says_its_address_and_nothing_else(lab):
+    import websocket
+    ask, _, said = lab
+    kernel = json.loads(ask('/api/kernels', name='python3', path='nbs/1_data'))['id']
+    channels = f'{ask.address}/api/kernels/{kernel}/channels?session_id=test&token={ask.token}'
+    talk = websocket.create_connection(channels, timeout=60)
+    talk.recv()  # it runs
+    talk.close()
+    lines = [line.strip() for line in said().splitlines() if line.strip()]
+    known = '[C ', 'To access the server', 'file://', 'Or copy and paste', 'http://'
+    assert [line for line in lines if not line.startswith(known)] == []

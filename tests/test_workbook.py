@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from desk import furnish
+from desk import asks, facts, furnish
 from lm_nb.core import read_json
 from lm_nb.inference.evaluate import heldout
 from lm_nb.training.recipe import load_recipe
@@ -15,7 +15,7 @@ from lm_nb.workbook import evaluate_stage, measured_on, results_table, _run_job
 
 RECORDS = sorted((Path(__file__).parent.parent/'nbs'/'results').glob('*.json'))
 KEYS = {'pretrain.tokens': 1600, 'sft.tokens': 1600, 'eval_every': 0, 'save_every': 0,
-        'instructions_test': 'ask.jsonl'}
+        'instructions_test': 'test.jsonl'}
 
 
 @pytest.fixture(scope='module')
@@ -23,6 +23,8 @@ def job(tmp_path_factory):
     "A run of both stages in bf16 on a CPU, and what it said"
     with pytest.MonkeyPatch.context() as m:
         m.chdir(furnish(tmp_path_factory.mktemp('desk'), KEYS))
+        rows = [json.dumps(a) + '\n' for a in asks(facts(['Jane', 'Kate']))]
+        Path('test.jsonl').write_text(''.join(rows))
         m.setenv('IN_TEST', '1')
         said = []
         run = Run(load_recipe('tiny', ['dtype=bf16']), Path('run'))
@@ -51,7 +53,7 @@ def test_what_was_asked_is_there_by_stage(job):
     lines = (run.folder/'answers.jsonl').read_text(encoding='utf-8').splitlines()
     assert [json.loads(line)['expected'] for line in lines] == [
         e.answer for e in run.records('test')]
-    assert said == ['corpus, tokenizer, shards', 'training: pretrain', 'measuring: base',
+    assert said == ['data for all stages', 'training: pretrain', 'measuring: base',
                     'training: sft', 'measuring: chat']
 
 

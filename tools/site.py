@@ -39,7 +39,7 @@ sources = {}  # source page -> the file that it shows
 # --- reading a notebook
 
 def page(path):
-    "The page of a notebook: 1_data/02_corpus.ipynb -> 1_data/corpus.html"
+    "The page of a notebook: 1_data/03_corpus.ipynb -> 1_data/corpus.html"
     path = Path(path)
     return str(path.with_name(re.sub(r'^\d+[a-z]?_', '', path.stem) + '.html'))
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from ..core import UserError, check, progress
 from ..data.microworld import articles, instruction_records, make_world
-from ..data.corpus import (
-    Report, has_instructions, read_texts, text_batches, total_bytes)
+from ..data.sources import Report, total_bytes
+from ..data.corpus import has_instructions, read_texts, text_batches
 from ..data.cleaning import CleanConfig
 from ..data.dedup import read_documents
 from ..data.tokenizer import Tokenizer, encode_stream

@@ -15,6 +15,7 @@ from .loop import (
     next_token_loss as next_token_loss,
     TrainConfig as TrainConfig,
     Ranks as Ranks,
+    micro_batches as micro_batches,
     Runtime as Runtime,
     grad_scaler as grad_scaler,
     Step as Step,
@@ -27,6 +28,7 @@ from .monitor import (
     RunLog as RunLog,
     is_due as is_due,
     plot_run as plot_run,
+    link_run as link_run,
     Interrupted as Interrupted,
     stop_flag as stop_flag,
     NonFiniteGuard as NonFiniteGuard,
@@ -46,6 +48,8 @@ from .pretrain import (
     validation as validation,
     fingerprints as fingerprints,
     text_feed as text_feed,
+    many_passes as many_passes,
+    few_held_out as few_held_out,
 )
 from .ranks import (
     launch as launch,
@@ -65,6 +69,7 @@ from .recipe import (
     Recipe as Recipe,
     load_recipe as load_recipe,
     recorded_recipe as recorded_recipe,
+    resume_recipe as resume_recipe,
 )
 from .run import (
     RUNTIME_KEYS as RUNTIME_KEYS,
@@ -80,5 +85,6 @@ from .stage import (
     tune_malloc as tune_malloc,
     train as train,
     exclusive_run as exclusive_run,
+    prepare_stages as prepare_stages,
     run_stage as run_stage,
 )

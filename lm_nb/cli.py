@@ -183,7 +183,8 @@ def _train(stage, name, pairs):
 # %% ../nbs/cli.ipynb #c0a1d2e5
 def _loss_row(name, m):
     cells = [m.get(k) for k in ('loss', 'perplexity', 'bits_per_byte')]
-    return [name, *('' if x is None else f'{x:.3f}' for x in cells), f'{m.get("targets", 0):,}']
+    return [name, *('' if x is None else f'{x:.3f}' for x in cells), f'{m.get("targets", 0):,}',
+            m.get('dtype', '')]
 
 def _score_tables(out):
     "What was measured of each model, as tables: losses, right answers by task, other shares"
@@ -194,7 +195,8 @@ def _score_tables(out):
     shares = [[f'{model} {name}, {task}', s['n'], f'{100*s["share"]:.1f}']
               for model, name, m in found if name not in ('zero_shot', 'few_shot', 'exact')
               for task, s in m.items() if isinstance(s, dict) and 'share' in s]
-    tables = [Table(['held out', 'loss', 'perplexity', 'bits per byte', 'tokens'], losses),
+    heads = ['held out', 'loss', 'perplexity', 'bits per byte', 'tokens', 'dtype']
+    tables = [Table(heads, losses),
               results_table(out), Table(['other shares', 'of', '%'], shares)]
     return [table for table in tables if table.rows]
 

@@ -82,13 +82,14 @@ class Chat:
         system:str='', # who the model should be, if anyone
         memory:int|None=None, # how many past turns the model sees; as many as fit if none
         max_new:int=256, # the longest answer, in tokens
+        dtype:str|None=None, # of matmuls, as in `stream`
         **sampling, # as in `SampleConfig`
     ):
         SampleConfig(**sampling)  # a wrong value shows now, not at the first question
         check(max_new >= 1, f'max_new = {max_new}: expected 1 or more')
         check(memory is None or memory >= 0, f'memory = {memory}: expected 0 or more, or none')
         self.model, self.tok, self.memory = model, tok, memory
-        self.max_new, self.sampling = max_new, sampling
+        self.max_new, self.dtype, self.sampling = max_new, dtype, sampling
         self.turns:list[tuple[str, list[int]]] = []  # (question, answer ids)
         self.set_system(system)
 
@@ -114,7 +115,8 @@ class Chat:
         "Ask, and yield the answer piece by piece; a turn is remembered once its answer has ended"
         row, answer, stops = self.ids(text), [], stop_ids(self.tok)
         def new():
-            for i in stream(self.model, row, self.max_new, eos=stops, **self.sampling):
+            how = dict(eos=stops, dtype=self.dtype, **self.sampling)
+            for i in stream(self.model, row, self.max_new, **how):
                 if i not in stops: answer.append(i); yield i
         yield from stream_text(self.tok, _until_interrupt(new()))
         self.turns.append((text, answer))

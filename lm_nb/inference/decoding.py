@@ -242,7 +242,7 @@ class _DecodeState:
         (B, longest), context, device = ids.shape, model.cfg.context, ids.device
         self.decoder = _CachedDecoder(model, ids, length, min(longest + max_new, context), static)
         self.config, self.context, self.u, self.static = config, context, u, static
-        self.stops = torch.tensor(stops, device=device, dtype=torch.long)
+        self.exempt, self.stops = stops, torch.tensor(stops, device=device, dtype=torch.long)
         self.may_end = len(stops) > 0 or longest + max_new > context + 1 # else nobody has to look
         self.n, self.rows = torch.zeros(1, device=device).long(), torch.arange(B, device=device)
         self.last, self.active = torch.zeros_like(self.rows), torch.ones_like(self.rows).bool()
@@ -256,7 +256,7 @@ class _DecodeState:
     def _choose(self, logits):
         at = self.n.expand_as(self.rows)
         u = None if self.u is None else self.u[at, self.rows]
-        new = sample_next(logits, self.config, self.seen, u)
+        new = sample_next(logits, self.config, self.seen, u, self.exempt)
         if self.seen is not None: self.seen.scatter_(1, new[:, None], True)
         said = torch.where(self.active, new, -1) if self.may_end else new
         self.out.index_put_((at, self.rows), said)

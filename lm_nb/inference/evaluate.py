@@ -22,6 +22,7 @@ from ..data.tokenizer import Tokenizer
 from ..data.shards import IGNORE, as_batch
 from ..data.instructions import Example, conversation_ids
 from ..model.gpt import GPT
+from ..model.fused import working_dtype
 from .sampling import eval_mode, generate_batch
 from .chat import stop_ids
 if TYPE_CHECKING: from matplotlib.figure import Figure
@@ -55,6 +56,14 @@ def _share(batches, rank, world):
         idle = some[0]._replace(y=torch.full_like(some[0].y, IGNORE))
         yield some[rank] if rank < len(some) else idle
 
+# %% ../../nbs/3_inference/04_evaluate.ipynb #b9765108
+def _dtype_name(
+    dtype:torch.dtype, # such as torch.bfloat16
+) -> str: # as recipes write it, such as 'bf16'
+    names = {torch.bfloat16: 'bf16', torch.float16: 'fp16', torch.float32: 'fp32'}
+    return names.get(dtype, str(dtype).removeprefix('torch.'))
+
+
 # %% ../../nbs/3_inference/04_evaluate.ipynb #d2a3f688
 @torch.no_grad()
 def heldout(
@@ -63,11 +72,13 @@ def heldout(
     text_bytes:int|None=None, # size in bytes of the text that the targets spell
     context:AbstractContextManager|None=None, # for the forward pass, such as autocast
     ranks:_Ranks|None=None, # `rank`, `world` and `sum(tensor)` of those who share the work
-) -> dict: # loss (nats per target), perplexity, bits_per_byte (none without `text_bytes`), targets
+) -> dict: # loss (nats per target), perplexity, bits_per_byte (none without `text_bytes`), targets,
+           # and the dtype of the matmuls: bf16, fp16 or fp32
     "Loss on held-out text, every target counting once. `UserError` if there is none"
     device, total, n, batches = next(gpt.parameters()).device, 0., 0, map(as_batch, batches)
     share = batches if ranks is None else _share(batches, ranks.rank, ranks.world)
     with eval_mode(gpt), context or nullcontext():
+        dtype = _dtype_name(working_dtype(next(gpt.parameters())))
         for b in share:
             doc = None if b.doc is None else b.doc.to(device)
             total += gpt(b.x.to(device), doc=doc, targets=b.y.to(device)).item()
@@ -77,7 +88,8 @@ def heldout(
     check(n > 0, 'there is nothing to measure: the held-out batches have no target')
     loss, per_byte = total / n, total / math.log(2) / text_bytes if text_bytes else None
     perplexity = math.exp(min(loss, 700))
-    return dict(loss=loss, perplexity=perplexity, bits_per_byte=per_byte, targets=int(n))
+    return dict(loss=loss, perplexity=perplexity, bits_per_byte=per_byte, targets=int(n),
+                dtype=dtype)
 
 # %% ../../nbs/3_inference/04_evaluate.ipynb #d782a66f
 def wilson_interval(

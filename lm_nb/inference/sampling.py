@@ -8,7 +8,7 @@ __all__ = ['SampleConfig', 'sample_next', 'eval_mode', 'plain_decode', 'register
 # %% ../../nbs/3_inference/01_sampling.ipynb #51c007dc
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core import check
+from ..core import check, pick_dtype
 from ..model.gpt import GPT
-from ..model.fused import KVCache, working_dtype
+from ..model.fused import KVCache, _no_autocast, working_dtype
 
 # %% ../../nbs/3_inference/01_sampling.ipynb #149a9c6b
 def _apply_temperature(
@@ -43,10 +43,13 @@ def _keep_top_p(
     p:float, # probability to cover, above 0; 1 keeps all
 ) -> Tensor: # (B, V), the others at -inf
     "The smallest set of most probable tokens that together reach `p` (Holtzman et al. 2019)"
+    if p == 1: return logits
+    exact = torch.float32 if logits.device.type == 'mps' else torch.float64  # which MPS has not
     ordered, order = logits.sort(descending=True, stable=True)
-    probs = ordered.softmax(-1)
-    ahead = probs.cumsum(-1) - probs
-    return logits.masked_fill(((ahead > 0) & (ahead >= p)).gather(-1, order.argsort(-1)), -math.inf)
+    reached = ordered.to(exact).softmax(-1).cumsum(-1)[..., :-1] >= p
+    drop = F.pad(reached, (1, 0)).gather(-1, order.argsort(-1))  # the best one has none ahead
+    return logits.masked_fill(drop, -math.inf)
+
 
 # %% ../../nbs/3_inference/01_sampling.ipynb #9f654407
 def _keep_min_p(
@@ -61,9 +64,13 @@ def _repetition_penalty(
     logits:Tensor, # (B, V)
     seen:Tensor, # (B, V), True for tokens that the row holds already
     penalty:float, # 1 changes nothing, above 1 discourages
+    exempt:tuple[int, ...]=(), # ids that may be repeated
 ) -> Tensor: # (B, V)
     "Make tokens that were used before less likely (Keskar et al. 2019)"
-    return torch.where(seen, torch.where(logits > 0, logits/penalty, logits*penalty), logits)
+    changed = torch.where(seen, torch.where(logits > 0, logits/penalty, logits*penalty), logits)
+    for i in exempt: changed[:, i:i+1] = logits[:, i:i+1]
+    return changed
+
 
 # %% ../../nbs/3_inference/01_sampling.ipynb #c806d652
 def _sample_from(
@@ -84,7 +91,7 @@ class SampleConfig:
     top_k: int|None = None # draw among this many tokens
     top_p: float|None = None # draw among the tokens that together reach this probability
     min_p: float|None = None # draw among tokens at least this share as probable as the best
-    repetition_penalty: float = 1.0 # divides the logits of tokens already used
+    repetition_penalty: float = 1.0 # divides the logits of tokens already used, but for stop ids
     seed: int|None = None # the same seed draws the same tokens; none draws new ones each time
 
     def __post_init__(self):
@@ -106,11 +113,12 @@ def sample_next(
     config:SampleConfig, # how to choose
     seen:Tensor|None=None, # (B, V), tokens that each row holds, for the repetition penalty
     u:Tensor|None=None, # (B,), uniform in [0, 1), for temperatures above 0
+    stops:tuple[int, ...]=(), # ids that end a row; the repetition penalty leaves them alone
 ) -> Tensor: # (B,) ids
     "Choose the next token of each row"
     logits = logits.float()
     if config.repetition_penalty != 1:
-        logits = _repetition_penalty(logits, seen, config.repetition_penalty)
+        logits = _repetition_penalty(logits, seen, config.repetition_penalty, stops)
     if config.temperature == 0: return logits.argmax(-1)
     logits = _apply_temperature(logits, config.temperature)
     if config.top_k: logits = _keep_top_k(logits, config.top_k)
@@ -167,7 +175,7 @@ def plain_decode(
     with eval_mode(model):
         for n in range(max_new):
             logits = model(ids, doc=doc, cache=kv)[:, -1]
-            new = sample_next(logits, config, seen, None if u is None else u[n])
+            new = sample_next(logits, config, seen, None if u is None else u[n], stops)
             yield new.where(active, -1)
             active &= ~torch.isin(new, ends) & (length + n < context)
             if not active.any(): return
@@ -186,6 +194,39 @@ def register_decoder(
     return decode
 
 def _decoder(cache=True): return _decoders[-1] if cache else partial(plain_decode, cache=False)
+
+
+# %% ../../nbs/3_inference/01_sampling.ipynb #71d2dce7
+def _generation_dtype(
+    weight:Tensor, # any of the model's
+    dtype:str|None=None, # asked for: auto, bf16, fp16 or fp32
+) -> str|None: # bf16, fp16 or fp32; none: as it is
+    "The dtype of matmuls when a model generates"
+    device = weight.device
+    if dtype is not None: return pick_dtype(device, dtype)
+    chosen = weight.dtype != torch.float32 or working_dtype(weight) != torch.float32
+    return None if chosen or device.type == 'cpu' else pick_dtype(device)
+
+
+# %% ../../nbs/3_inference/01_sampling.ipynb #dd984e80
+def _autocast(
+    device:torch.device,
+    dtype:str|None, # from `_generation_dtype`
+) -> AbstractContextManager:
+    "Inside, matmuls run in `dtype`"
+    if dtype is None: return nullcontext()
+    if dtype == 'fp32': return _no_autocast(device.type)
+    return torch.autocast(device.type, dict(bf16=torch.bfloat16, fp16=torch.float16)[dtype])
+
+def _decode(model, ids, doc, max_new, config, stops=(), u=None, *, cache=True, dtype=None):
+    "The steps of the decoder, each in its dtype"
+    dtype = _generation_dtype(next(model.parameters()), dtype)
+    steps = _decoder(cache)(model, ids, doc, max_new, config, stops, u)
+    while True:
+        with _autocast(ids.device, dtype): new = next(steps, None)
+        if new is None: return
+        yield new
+
 
 # %% ../../nbs/3_inference/01_sampling.ipynb #4b4f64f2
 def _uniform(config, max_new, n, device='cpu'):
@@ -224,12 +265,13 @@ def generate(
     top_k:int|None=None, # draw among this many tokens
     top_p:float|None=None, # draw among the tokens that together reach this probability
     min_p:float|None=None, # draw among tokens at least this share as probable as the best
-    repetition_penalty:float=1., # above 1 discourages tokens already in the row
+    repetition_penalty:float=1., # above 1 discourages tokens already in the row, but `eos`
     seed:int|None=None, # the same seed gives the same tokens
     eos:int|Iterable[int]|None=None, # a row stops after this id, or any of these
     pad:int=0, # fills a row that has stopped
     doc:Tensor|None=None, # (B, T) document numbers; -1 marks padding on the left
     cache:bool=True, # keep keys and values, else read everything again at each step
+    dtype:str|None=None, # of matmuls: bf16, fp16 or fp32; none: the GPU's best, fp32 on a CPU
 ) -> Tensor: # (B, T + max_new) int64
     "Continue every row of `ids`. `UserError` if a prompt is longer than the context"
     config = SampleConfig(temperature, top_k, top_p, min_p, repetition_penalty, seed)
@@ -242,8 +284,8 @@ def generate(
     check(doc is None or bool((doc[:, -1] >= 0).all()),
           'doc ends with padding (-1); rows to be continued are padded on the left')
     u, last = _uniform(config, n, len(ids), ids.device), slice(-model.cfg.context, None)
-    steps = _decoder(cache)(model, ids[:, last], None if doc is None else doc[:, last],
-                            n, config, _stops(eos), u)
+    steps = _decode(model, ids[:, last], None if doc is None else doc[:, last], n, config,
+                    _stops(eos), u, cache=cache, dtype=dtype)
     new = _all_steps(steps, max_new)
     return torch.cat([ids, new.where(new >= 0, pad)], 1)
 
@@ -254,6 +296,7 @@ def stream(
     max_new:int, # at most this many tokens
     eos:int|Iterable[int]|None=None, # stop after this id, or any of these; it is yielded too
     cache:bool=True, # keep keys and values, else read everything again at each step
+    dtype:str|None=None, # of matmuls: bf16, fp16 or fp32; none: the GPU's best, fp32 on a CPU
     **sampling, # as in `SampleConfig`
 ) -> Iterator[int]:
     "Yield new ids as they are chosen, the same as `generate` gives"
@@ -261,7 +304,7 @@ def stream(
     n = _n_steps(len(ids), len(ids), model, max_new)
     row = torch.tensor([list(ids)], device=next(model.parameters()).device)
     u = _uniform(config, n, 1, row.device)
-    for new in _decoder(cache)(model, row, None, n, config, _stops(eos), u):
+    for new in _decode(model, row, None, n, config, _stops(eos), u, cache=cache, dtype=dtype):
         if new.item() < 0: return
         yield int(new.item())
 
@@ -281,6 +324,7 @@ def generate_batch(
     eos:int|Iterable[int]|None=None, # an answer ends before this id, or any of these
     pad:int=0, # fills the space before shorter prompts
     batch_size:int=128, # prompts at a time
+    dtype:str|None=None, # of matmuls: bf16, fp16 or fp32; none: the GPU's best, fp32 on a CPU
     **sampling, # as in `SampleConfig`
 ) -> list[list[int]]: # the new ids of each prompt, without eos
     "Continue many prompts, batched by length. `UserError` if one is empty or too long"
@@ -295,8 +339,8 @@ def generate_batch(
         mine = order[start:start+batch_size]
         ids, doc = (t.to(device) for t in _pad_left([prompts[i] for i in mine], pad))
         equal = bool((doc == 0).all())  # plain causal attention is enough
-        steps = _decoder()(model, ids, None if equal else doc, n, config, stops,
-                           None if u is None else u[:, mine])
+        steps = _decode(model, ids, None if equal else doc, n, config, stops,
+                        None if u is None else u[:, mine], dtype=dtype)
         for i, row in zip(mine, _all_steps(steps, n).tolist()):
             out[i] = [t for t in row if t >= 0]
     return [ids[:-1] if ids and ids[-1] in stops else ids for ids in out]

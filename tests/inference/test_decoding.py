@@ -28,7 +28,7 @@ def test_decoders_agree(model, how):
     config = SampleConfig(**how)
     ids, doc = _pad_left(prompts())
     u = _uniform(config, 18, len(ids))
-    args = model, ids, doc, 18, config, (7,), u
+    args = model, ids, doc, 18, config, (7, 30), u
     fast, plain = (torch.stack([*decode(*args)]) for decode in (D._fast_decode, plain_decode))
     assert torch.equal(fast, plain)
 

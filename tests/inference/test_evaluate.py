@@ -1,4 +1,5 @@
 "Evaluation: what is too heavy or too dull for the chapter"
+import copy
 import json
 import math
 from contextlib import contextmanager
@@ -93,6 +94,19 @@ def test_heldout_is_repeatable_and_leaves_no_trace(model, shards):
     a, b = (heldout(model, eval_batches(shards, 64, 4)) for _ in range(2))
     assert a == b and model.training and a['bits_per_byte'] is None
     assert all(p.grad is None for p in model.parameters())
+
+@pytest.mark.parametrize('context, want', [
+    (None, 'fp32'), (torch.autocast('cpu', torch.bfloat16), 'bf16'),
+    (torch.autocast('cpu', torch.float16), 'fp16'), (torch.autocast('cpu', enabled=False), 'fp32')])
+def test_heldout_says_in_which_dtype(model, shards, context, want):
+    assert heldout(model, eval_batches(shards, 64, 4), context=context)['dtype'] == want
+
+
+def test_heldout_knows_the_dtype_around_it_and_of_the_weights(model, shards):
+    with torch.autocast('cpu', torch.bfloat16): got = heldout(model, eval_batches(shards, 64, 4))
+    low = heldout(copy.deepcopy(model).bfloat16(), eval_batches(shards, 64, 4))
+    assert got['dtype'] == low['dtype'] == 'bf16'
+
 
 def test_heldout_uses_the_context(model, shards):
     used = []

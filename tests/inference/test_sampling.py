@@ -1,5 +1,6 @@
 "Sampling; whatever continues rows is tried with both decoders"
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +29,26 @@ def test_filters_agree_with_transformers(ours, theirs):
     assert torch.allclose(ours(z).softmax(-1), want.softmax(-1), atol=1e-6)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([1, 2, 50, 4_096, 50_257]), st.integers(0, 2**32), st.floats(0, 30),
+       st.floats(5e-324, 1) | st.sampled_from([.9, .999, 1 - 2**-24, 1 - 2**-53, 1]))
+def test_top_p_keeps_the_smallest_set_that_reaches_p(n, seed, scale, p):
+    z = torch.randn(2, n, generator=torch.Generator().manual_seed(seed)) * scale
+    kept = S._keep_top_p(z, p) > -math.inf
+    for row, mine in zip(z.double().softmax(-1).tolist(), kept.tolist()):
+        inside = sorted((q for q, k in zip(row, mine) if k), reverse=True)
+        outside, near = [q for q, k in zip(row, mine) if not k], 1e-11  # rounding of n additions
+        assert inside and max(outside, default=0) <= inside[-1]
+        assert not outside or p < 1 and math.fsum(inside) >= p - near
+        assert p == 1 or len(inside) == 1 or math.fsum(inside[:-1]) < p + near
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_top_p_of_one_keeps_all(dtype):
+    z = torch.randn(4, 50_257, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert S._keep_top_p(z, 1.).equal(z)
+
+
 def test_penalty_agrees_with_transformers():
     lp = pytest.importorskip('transformers.generation.logits_process')
     g = torch.Generator().manual_seed(0)
@@ -35,6 +56,24 @@ def test_penalty_agrees_with_transformers():
     want = lp.RepetitionPenaltyLogitsProcessor(1.3)(ids, z.clone())
     seen = S._seen(ids, torch.ones_like(ids, dtype=torch.bool), 50)
     assert torch.allclose(S._repetition_penalty(z, seen, 1.3), want)
+
+
+def test_what_stops_a_row_is_not_penalised(decoder):
+    "Neither the stops of earlier turns nor those just said: their logits stay what they are"
+    model, stops = make('qwen3'), (0, 2, 3, 49)
+    turns = torch.tensor([[2, 7, 3, 8, 9, 2, 7, 3, 8, 9, 2]])
+    said, penalise = [], S._repetition_penalty
+    def note(logits, seen, *args):
+        said.append((logits.clone(), seen.clone(), penalise(logits, seen, *args)))
+        return said[-1][-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(S, '_repetition_penalty', note)
+        generate(model, turns, 5, repetition_penalty=3., eos=stops)
+    for before, seen, after in said:
+        words = seen.clone()
+        words[:, list(stops)] = False
+        assert seen[:, [2, 3]].all() and words.any()
+        assert after[~words].equal(before[~words]) and (after[words] != before[words]).all()
 
 
 SHARES = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=30)
@@ -289,3 +328,58 @@ def test_other_dtypes(model, decoder):
     twin.load_state_dict(model.state_dict())
     ids = six_each()
     assert torch.equal(generate(twin, ids, 12), generate(model, ids, 12))
+
+
+# in which dtype
+
+@pytest.mark.parametrize('device, weight, asked, want', [
+    ('cpu', torch.float32, None, None), ('cpu', torch.float32, 'bf16', 'bf16'),
+    ('cpu', torch.float32, 'fp32', 'fp32'), ('cpu', torch.bfloat16, None, None),
+    ('cuda', torch.float32, None, 'bf16'), ('cuda', torch.float32, 'fp32', 'fp32'),
+    ('cuda', torch.float32, 'fp16', 'fp16'), ('cuda', torch.float16, None, None),
+    ('mps', torch.float32, None, 'fp32')])
+def test_where_it_computes_in_what(monkeypatch, device, weight, asked, want):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    some = SimpleNamespace(device=torch.device(device), dtype=weight)
+    assert S._generation_dtype(some, asked) == want
+
+
+def test_an_old_card_has_no_bf16_and_autocast_is_a_choice(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
+    some = SimpleNamespace(device=torch.device('cuda'), dtype=torch.float32)
+    assert S._generation_dtype(some) == 'fp16'
+    monkeypatch.setattr(S, 'working_dtype', lambda w: torch.bfloat16)
+    assert S._generation_dtype(some) is None
+
+
+def test_the_dtype_asked_for_is_that_of_autocast(model, decoder):
+    x, row = six_each(), six_each()[0].tolist()
+    how = dict(temperature=1., seed=3)
+    with torch.autocast('cpu', torch.bfloat16):
+        want, rows = generate(model, x, 12, **how), generate_batch(model, x.tolist(), 12, **how)
+        one = [*stream(model, row, 12, **how)]
+    assert generate(model, x, 12, dtype='bf16', **how).equal(want)
+    assert generate_batch(model, x.tolist(), 12, dtype='bf16', **how) == rows
+    assert [*stream(model, row, 12, dtype='bf16', **how)] == one
+    assert not torch.is_autocast_enabled('cpu')
+    plain = generate(model, x, 12, **how)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert generate(model, x, 12, dtype='fp32', **how).equal(plain)
+
+
+def test_between_the_tokens_of_a_stream_nothing_is_set(model, decoder):
+    model.train()
+    new = stream(model, [1, 2, 3], 9, dtype='bf16')
+    for _ in range(3):
+        next(new)
+        assert not torch.is_autocast_enabled('cpu') and not torch.is_inference_mode_enabled()
+    new.close()
+    assert model.training
+    model.eval()
+
+
+def test_no_other_dtype(model):
+    for call in (lambda: generate(model, torch.ones(1, 1).long(), 1, dtype='int8'),
+                 lambda: generate_batch(model, [[1]], 1, dtype='int8'),
+                 lambda: [*stream(model, [1], 1, dtype='int8')]):
+        with pytest.raises(UserError, match='dtype = int8'): call()

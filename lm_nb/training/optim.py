@@ -296,7 +296,7 @@ def _default_decay(
     lr:float, # peak rate of the matrices
     steps:int, # of the whole run
 ) -> float: # in units of the rate
-    "Weight decay under which weights remember one run"
+    "Weight decay whose time constant, 1 / (lr * decay) steps, is the whole run; 0.1 at most"
     return min(0.1, 1 / (lr * steps))
 
 # %% ../../nbs/4_training/01_optim.ipynb #3b98a39d

@@ -6,7 +6,7 @@
 __all__ = ['launch', 'close_ranks', 'init_ranks', 'agree', 'RanksLost', 'lost_ranks', 'wrap', 'unwrap']
 
 # %% ../../nbs/4_training/05_ranks.ipynb #00f550da
-import io, math, os, re, signal, subprocess, sys, time
+import io, math, os, re, signal, subprocess, sys, time, warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from ..core import UserError, check, nearest
 from ..model.gpt import GPT
 from ..model.estimate import n_shards
 from .optim import _full_tensor
-from .loop import Ranks
+from .loop import DTYPES, Ranks
 
 # %% ../../nbs/4_training/05_ranks.ipynb #913a2d28
 _LAUNCHER = """
@@ -250,11 +250,16 @@ def _mesh(
 def _shard(
     gpt:GPT, # changed in place: its parameters become DTensors
     grid, # from `_mesh`
+    dtype:str='fp32', # of the run's matmuls, in which blocks travel: bf16, fp16 or fp32
 ) -> GPT: # the same
     "Spread parameters, gradients and with them the optimizer's state over ranks (FSDP2)"
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    # attention may return a view of its output, which is only ever added to
+    warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view tensor')
+    low = MixedPrecisionPolicy(DTYPES[dtype], torch.float32, cast_forward_inputs=False)
     for t in [*gpt.parameters(), *gpt.buffers()]: torch.distributed.broadcast(t.data, 0)
-    for block in gpt.blocks: fully_shard(block, mesh=grid)
+    for b in gpt.blocks: # attention and MLP in one exchange
+        fully_shard([b.attn, b.mlp], mesh=grid, mp_policy=low)  # type: ignore[list-item]
     fully_shard(gpt, mesh=grid)
     return gpt
 
@@ -264,12 +269,13 @@ def wrap(
     parallel:str, # 'ddp', 'fsdp' or 'hsdp'
     ranks:Ranks,
     shard_group:int|None=None, # hsdp: ranks that share one copy of the model; none: a machine's
+    dtype:str='fp32', # of the run's matmuls: sharded blocks are gathered in it
 ) -> nn.Module: # what to call in the loop; compile it, and make its optimizers, after this
     "The model as several ranks train it: gradients averaged, weights alike or sharded"
     hint = nearest(parallel, known := ('ddp', 'fsdp', 'hsdp'))
     check(parallel in known, f'parallel = {parallel}: expected ddp, fsdp or hsdp{hint}')
     if not isinstance(ranks, _DistributedRanks) or ranks.world == 1: return gpt
-    if parallel != 'ddp': return _shard(gpt, _mesh(parallel, ranks, shard_group))
+    if parallel != 'ddp': return _shard(gpt, _mesh(parallel, ranks, shard_group), dtype)
     mine = [torch.cuda.current_device()] if ranks.device.type == 'cuda' else None
     return nn.parallel.DistributedDataParallel(gpt, device_ids=mine, gradient_as_bucket_view=True)
 

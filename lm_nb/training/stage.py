@@ -191,7 +191,7 @@ def train(
                                lambda dtype: _fastest_kernel(gpt.cfg, feed.batches, device, dtype))
     runtime = Runtime(device, note['dtype'], ranks)
     if device.type == 'cpu': tune_malloc()
-    model: Any = wrap(gpt.to(device).train(), cfg.parallel, ranks, cfg.shard_group)
+    model: Any = wrap(gpt.to(device).train(), cfg.parallel, ranks, cfg.shard_group, runtime.dtype)
     optimizers, scaler = make_optimizers(gpt, cfg), grad_scaler(runtime, cfg.batch_tokens)
     saver = Saver(folder/'checkpoints', gpt, optimizers, scaler, ranks, cfg.keep_last,
                   cfg.keep_every)

@@ -9,7 +9,7 @@ from lm_nb.training.checkpoint import Saver, _run_state
 from lm_nb.core import UserError
 from lm_nb.model.gpt import GPT, GPTConfig
 from lm_nb.training.optim import _full_tensor, make_optimizers
-from lm_nb.training.loop import Ranks
+from lm_nb.training.loop import Ranks, Runtime
 from lm_nb.training.ranks import (
     agree, close_ranks, init_ranks, lost_ranks, unwrap, wrap)
 from lm_nb.data.shards import IGNORE, Batch
@@ -121,6 +121,23 @@ def exchanges(job, ranks):
             if sums: torch.distributed.all_gather(sums, early)
             apart = sums is None or not torch.equal(sums[0], sums[1])
     return dict(one=counts[1], three=counts[3], apart=apart)
+
+
+def travels(job, ranks):
+    "The dtypes of gathered blocks, and of what each rank holds and moves, after a sharded step"
+    gpt, cfg, gathered = model(job), settings(job), set()
+    net = wrap(gpt, 'fsdp', ranks, dtype=cfg.dtype)
+    for b in gpt.blocks:
+        b.attn.q_proj.register_forward_hook(lambda m, x, y: gathered.add(str(m.weight.dtype)))
+    optimizers, runtime = make_optimizers(gpt, cfg), Runtime(ranks=ranks, dtype=cfg.dtype)
+    for b in batches(ranks)(0):
+        with runtime.autocast(): loss = net(b.x, targets=b.y) / 100
+        loss.backward()
+    gradients = {str(p.grad.dtype) for p in gpt.parameters()}
+    for o in optimizers: o.step()
+    means = {str(t.dtype) for o in optimizers for s in o.state.values() for t in s.values()}
+    return dict(blocks=sorted(gathered), weights=sorted({str(p.dtype) for p in gpt.parameters()}),
+                gradients=sorted(gradients), means=sorted(means))
 
 
 def uneven(job, ranks):

@@ -80,6 +80,31 @@ def test_two_ranks_of_any_kind_learn_what_one_does(pair, tmp_path):
     assert [found[str(k)]['sharded'] for k in KINDS] == [False, True, True, False, True]
 
 
+LOW = [dict(arch='qwen3'), dict(arch='gpt2'), dict(recompute=True, dropout=.1)]
+
+def test_sharded_bf16_runs_learn_what_autocast_does_and_go_on_bitwise(tmp_path):
+    "Blocks travel in bf16; the weights that are moved, gradients and checkpoints stay fp32"
+    def job(name, parallel, model, **more):
+        cfg = dict(dtype='bf16', parallel=parallel, micro_rows=2)
+        return dict(folder=str(tmp_path/name), cfg=cfg, model=model, **more)
+    jobs = [j for i, model in enumerate(LOW) for j in (
+        job(f'ddp{i}', 'ddp', model), job(f'fsdp{i}', 'fsdp', model),
+        job(f'cut{i}', 'fsdp', model, until=9), job(f'cut{i}', 'fsdp', model))]
+    found = well(tmp_path, jobs, 2)
+    for i in range(len(LOW)):
+        _, whole, part, rest = found[4*i : 4*i + 4]
+        assert (part['first'], rest['first']) == (0, 9) and whole['sharded']
+        assert hexes(tmp_path/f'cut{i}') == hexes(tmp_path/f'fsdp{i}')
+        assert rest['weights'] == whole['weights'] != part['weights']
+        assert furthest(losses(tmp_path/f'ddp{i}'), losses(tmp_path/f'fsdp{i}')) < 2e-3
+
+
+def test_what_travels_in_which_dtype(tmp_path):
+    found = well(tmp_path, [dict(do='travels', cfg=dict(dtype=d)) for d in ('bf16', 'fp32')], 2)
+    assert found[0]['blocks'] == ['torch.bfloat16'] and found[1]['blocks'] == ['torch.float32']
+    for f in found: assert f['weights'] == f['gradients'] == f['means'] == ['torch.float32']
+
+
 @pytest.mark.parametrize('parallel', BOTH)
 def test_gradients_are_exchanged_once_a_step(pair, parallel):
     got = pair[1][f'exchanges {parallel}']

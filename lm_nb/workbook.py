@@ -17,6 +17,7 @@ from .data.tokenizer import Tokenizer
 from .model.gpt import GPT
 from .inference.chat import answer
 from .inference.evaluate import cloze_match, evaluation, evaluations, exact_match, plot_scores
+from .inference.facts import facts_table
 from .training.monitor import read_log
 from .training.recipe import find_stage, load_recipe
 from .training.run import Run
@@ -243,8 +244,12 @@ def report(
     lines = [str(scores), ''] if scores.rows else []
     for output, measures in results.items():
         if isinstance(measures, dict) and 'heldout' in measures:
-            bits = measures['heldout']['bits_per_byte']
-            lines += [f'{output}, held-out text: {bits:.3f} bits per byte', '']
+            held = measures['heldout']
+            dtype = f' in {held["dtype"]}' if 'dtype' in held else ''
+            lines += [f'{output}, held-out text: {held["bits_per_byte"]:.3f} bits per byte{dtype}',
+                      '']
+        if isinstance(measures, dict) and 'facts' in measures:
+            lines += [f'facts, {output}', str(facts_table(measures['facts'])), '']
     for d in results.get('dialogues', []): lines += _dialogue(d)
     took = sum([*results['seconds'].values(), *results.get('control', {}).get('seconds',
         {}).values()])

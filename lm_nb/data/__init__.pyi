@@ -57,12 +57,15 @@ from .mediawiki import (
     wiki_text as wiki_text,
 )
 from .microworld import (
+    GROUPS as GROUPS,
     World as World,
     make_world as make_world,
+    deal_groups as deal_groups,
     articles as articles,
     records_by_task as records_by_task,
     instruction_records as instruction_records,
     cloze_prompts as cloze_prompts,
+    fact_probes as fact_probes,
     write_microworld as write_microworld,
 )
 from .order import (

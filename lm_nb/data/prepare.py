@@ -45,8 +45,11 @@ class DataConfig(ReadConfig):
     tokenizer_reads: str = 'text'  # what the tokenizer is trained on: text, or both (records too)
     paraphrases: int = 20         # microworld: how many paraphrases of each article are read
     fixed_order: bool = False     # microworld: facts always in the same order
+    groups: str = ''              # microworld: how entities are told, such as reference five one
+    asked: str = 'test'           # microworld: whose facts are measured, those of test or valid
     doc_mask: bool = True         # documents that share a row do not see each other
     replay: float = 0.0           # SFT: share of the positions that go on reading `text`
+    replay_text: str = ''         # SFT: what is read again; empty: `text`
     base: str = ''                # the first stage starts from this model folder
 
     def __post_init__(self) -> None:
@@ -56,6 +59,7 @@ class DataConfig(ReadConfig):
         check(0 < self.valid_share < 1,
               f'valid_share = {self.valid_share}: must lie between 0 and 1')
         check(0 <= self.replay < 1, f'replay = {self.replay}: must be at least 0 and below 1')
+        check(self.asked in ('valid', 'test'), f'asked = {self.asked}: expected valid or test')
         check(self.paraphrases > 0, f'paraphrases = {self.paraphrases}: must be positive')
         check(self.max_documents is None or self.max_documents > 1,
               f'max_documents = {self.max_documents}: must be at least 2')
@@ -97,10 +101,13 @@ def resolve_sources(
         with atomic(folder) as tmp:
             tmp.mkdir()
             write_microworld(tmp, seed=seed, paraphrases=data.paraphrases,
-                             fixed_order=data.fixed_order)
+                             fixed_order=data.fixed_order, groups=data.groups)
     own: dict[str, Any] = dict(text=str(folder/'text.jsonl'))
+    if data.groups:  # what is asked about is neither held out by chance nor read again
+        own |= dict(text_valid=data.text_valid or str(folder/'text-valid.jsonl'),
+                    replay_text=data.replay_text or str(folder/'text-train.jsonl'))
     if not data.instructions:  # else they are somebody's own, beside its articles
-        names = dict(instructions='train', instructions_valid='valid', instructions_test='test')
+        names = dict(instructions='train', instructions_valid='valid', instructions_test=data.asked)
         own |= {key: getattr(data, key) or str(folder/f'instructions-{part}.jsonl')
                 for key, part in names.items()}
     return replace(data, **own)
@@ -127,7 +134,7 @@ def first_look(
     records:bool = True, # look at the instruction records
 ) -> None:
     "Read the beginning of every source; `UserError` for one that holds nothing of its kind"
-    texts = data.text, data.text_valid
+    texts = data.text, data.text_valid, data.replay_text if data.replay else ''
     asked = data.instructions, data.instructions_valid, data.instructions_test
     kinds = (text, texts, read_texts), (records, asked, read_instructions)
     sources = [(read, s) for wanted, some, read in kinds if wanted

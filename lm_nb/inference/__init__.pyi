@@ -20,6 +20,15 @@ from .evaluate import (
     evaluation as evaluation,
     evaluations as evaluations,
 )
+from .facts import (
+    log_likelihoods as log_likelihoods,
+    forced_choice as forced_choice,
+    ask_facts as ask_facts,
+    entity_interval as entity_interval,
+    difference as difference,
+    score_facts as score_facts,
+    facts_table as facts_table,
+)
 from .sampling import (
     SampleConfig as SampleConfig,
     sample_next as sample_next,

@@ -8,6 +8,7 @@ __all__ = ['sft_feed']
 # %% ../../nbs/4_training/10_sft.ipynb #b0853a3b
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..core import read_json, sha256, write_lines
 from ..data.sources import Report
 from ..data.survey import count_scripts
 from ..data.tokenizer import Tokenizer
-from ..data.shards import IGNORE
+from ..data.shards import IGNORE, Shards
 from ..data.instructions import needed_context
 from ..data.packing import ReplayBatches, SFTBatches, sft_eval_batches
 from ..model.gpt import GPT
@@ -39,6 +40,16 @@ def _replay_rows(
     if not share or not run.data.text or n < 2 * world: return 0
     return world * min(max(round(n * share / world), 1), n // world - 1)
 
+# %% ../../nbs/4_training/10_sft.ipynb #47cecfa3
+def _replayed(
+    run:Run,
+) -> list[Shards]: # one, or one for each weighted source
+    "What is read again: the text of pretraining, or what `replay_text` names"
+    data, held = run.data, str(run.text/'valid.jsonl')  # held out here as well
+    if not data.replay_text: return run.shards.train
+    named = replace(data, text=data.replay_text, weights='', text_valid=held)
+    return run.text_shards(named, 'replayed').train
+
 # %% ../../nbs/4_training/10_sft.ipynb #95f10aa2
 def _sft_batches(
     run:Run,
@@ -48,7 +59,7 @@ def _sft_batches(
     "Answers, and the share of pretraining text that the recipe replays"
     recipe, n = run.recipe, rows_per_step(run.recipe, stage)
     n_replay = _replay_rows(run, stage, ranks.world)
-    texts = run.shards.train if n_replay else []  # a missing text is named before records are read
+    texts = _replayed(run) if n_replay else []  # a missing text is named before records are read
     asked = SFTBatches(
         run.tokenizer, run.packed['train'], recipe.model.context, rows=n - n_replay,
         seed=recipe.seed, rank=ranks.rank, world=ranks.world,

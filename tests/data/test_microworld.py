@@ -7,9 +7,10 @@ import pytest
 
 from lm_nb.core import UserError, root, sha256
 from lm_nb.data.microworld import (
-    articles, _assign_splits, _fact_sentence, instruction_records, _load_lists, make_world,
-    _plan_article, _questions, _render, _fill_pattern, _summaries, _summary_line, _write_bilingual,
-    _translations, write_microworld)
+    GROUPS, articles, _assign_splits, deal_groups, fact_probes, _fact_sentence,
+    instruction_records, _load_lists, make_world, _plan_article, _questions, _render, _fill_pattern,
+    _summaries, _summary_line, _write_bilingual, _translations, write_microworld)
+from lm_nb.data.tokenizer import Tokenizer
 from random import Random
 
 SEEDS = (0, 1)
@@ -186,6 +187,114 @@ def test_canonical_line_names_the_entity(world):
             for i in range(6):
                 assert e.name.zh in _fact_sentence(e, key, 'zh', i)
                 assert e.name.en.removeprefix('the ') in _fact_sentence(e, key, 'en', i)
+
+# groups at equal exposure
+
+ALL = ' '.join(GROUPS)
+
+@pytest.fixture(scope='module', params=range(3))
+def dealt(request): return deal_groups(make_world(request.param, thirds=True), ALL)
+
+@pytest.fixture(scope='module')
+def told(dealt):
+    "{entity: its documents}"
+    out = {e.id: [] for e in dealt.entities}
+    for d in articles(dealt): out[d['entity']].append(d)
+    return out
+
+def members(world, group, split=None): return [e for e in world.of(split=split) if e.group == group]
+
+def test_groups_are_equally_exposed(dealt, told):
+    "As many articles for each entity and language; bytes of a group within 2 %, tokens within 3 %"
+    tok = Tokenizer.train([d['text'] for docs in told.values() for d in docs[:8]], 2048)
+    tokens, size = {}, {}
+    for group in GROUPS:
+        for e in members(dealt, group):
+            for lang in ('zh', 'en'): assert sum(lang in d['lang'] for d in told[e.id]) == 20
+        texts = [d['text'] for e in members(dealt, group) for d in told[e.id]]
+        tokens[group] = sum(map(len, tok.encode_batch(texts))) / len(members(dealt, group))
+        size[group] = sum(len(t.encode()) for t in texts) / len(members(dealt, group))
+    assert max(size.values()) < 1.02 * min(size.values()), size
+    assert max(tokens.values()) < 1.03 * min(tokens.values()), tokens
+
+def test_groups_are_of_one_size_in_each_split(dealt):
+    for split in ('valid', 'test'):
+        sizes = [len(members(dealt, group, split)) for group in GROUPS]
+        assert max(sizes) - min(sizes) <= 1 and sum(sizes) == len(dealt.of(split=split))
+        for kind in KINDS:
+            n = Counter(e.group for e in dealt.of(kind, split)).values()
+            assert max(n) - min(n) <= 2, (kind, n)
+    assert not any(e.group for e in dealt.of(split='train'))
+
+def test_thirds_cover_what_is_asked(dealt):
+    def values(split): return {(k, v) for e in dealt.of(split=split) for k, v in e.facts.items()}
+    assert values('valid') | values('test') <= values('train')
+    assert abs(len(dealt.of(split='valid')) - len(dealt.of(split='test'))) <= 3
+    assert len(dealt.of(split='train')) < .4 * len(dealt.entities)
+
+@pytest.mark.parametrize('group', GROUPS)
+def test_a_group_is_told_as_it_says(dealt, told, group):
+    how = GROUPS[group]
+    for e in members(dealt, group):
+        docs = told[e.id]
+        lines = [t for d in docs for t in d['text'].split('\n')]
+        assert len(lines) == 40 and any('\n' in d['text'] for d in docs) == how.bilingual
+        for lang in ('zh', 'en'):
+            mine = [t for t in lines if t.isascii() == (lang == 'en')]
+            assert len(mine) == 20 and len(set(mine)) <= (how.wordings or 20)
+            assert len(set(mine)) == how.wordings if how.wordings else len(set(mine)) > 15
+            assert not any(e.name[lang == 'zh'] in t for t in mine)  # no name in brackets
+            for t in mine:
+                for key, v in e.facts.items(): assert v[lang == 'en'].lower() in t.lower(), (key, t)
+    def orders(e):  # the names of towns and the like occur in values; a town's own do not
+        lines = [t for d in told[e.id] for t in d['text'].split('\n') if t.isascii()]
+        return {tuple(sorted(e.facts, key=lambda k: t.lower().index(e.facts[k].en.lower())))
+                for t in lines}
+    for e in members(dealt, group):
+        if e.kind.id == 'town': assert len(orders(e)) > 5 or not how.permuted or how.wordings
+
+def test_nothing_leaks_into_training(dealt):
+    train = instruction_records(dealt, 'train', 4500)
+    asked = {e.id for split in ('valid', 'test') for e in dealt.of(split=split)}
+    assert not asked & {r['entity'] for r in train}
+    assert {r['wording'] for r in train} == {'seen'}
+    text = '\n'.join(r['instruction'] + r['input'] + r['output'] for r in train)
+    for e in dealt.entities:
+        if e.id not in asked or e.kind.id == 'town': continue
+        assert e.name.zh not in text and not re.search(rf'{e.name.en}\b', text), e.name
+    questions = {r['instruction'] for r in train}
+    probes = {split: fact_probes(dealt, split) for split in ('valid', 'test')}
+    assert not {r['entity'] for r in probes['valid']} & {r['entity'] for r in probes['test']}
+    for r in chain(*probes.values()): assert not questions & {r['seen'], r['unseen']}
+
+def test_probes_ask_for_what_was_told(dealt, told):
+    for r in fact_probes(dealt, 'test'):
+        value = r['values'][r['answer']]
+        told_right, canonical = r['told'][r['answer']], r['canonical'][r['answer']]
+        assert len(set(r['told'])) == len(set(r['canonical'])) == len(set(r['values'])) >= 8
+        assert value.lower() in canonical.lower() and canonical == r['output']
+        assert any(d['text'].startswith(told_right) and d['lang'] == r['lang']
+                   for d in told[r['entity']])
+        start, rest = r['cloze']
+        assert canonical.removeprefix(start).strip().startswith(rest), r
+
+def test_groups_repeat_and_one_group_tells_all():
+    make = lambda seed=3: deal_groups(make_world(seed, thirds=True), ALL)
+    assert make() == make() != make(4)
+    assert articles(make(), 5) == articles(make(), 5)
+    assert {e.group for e in deal_groups(make_world(), 'one').entities} == {'one'}
+    with pytest.raises(UserError, match='there is no on'): deal_groups(make_world(), 'one on')
+    with pytest.raises(UserError, match='multiple of 5'): articles(make(), 3)
+
+def test_held_out_text_is_about_training_entities(tmp_path):
+    files = write_microworld(tmp_path, groups='one five', paraphrases=5)
+    rows = {k: [json.loads(l) for l in p.open(encoding='utf-8')] for k, p in files.items()}
+    about = {k: {r['entity'] for r in rows[k]} for k in rows if 'entity' in rows[k][0]}
+    assert about['text_valid'] and not about['text_valid'] & (about['facts_test'] | about['valid'])
+    assert about['facts_test'] == about['text'] - about['facts_valid'] - about['text_valid']
+    assert about['text_train'] == about['text_valid'] and len(about) == 8
+    train = [d for d in rows['text'] if d['entity'] in about['text_train']]
+    assert rows['text_train'] == train
 
 def test_the_default_world_is_the_one_of_the_recorded_results(tmp_path):
     "Another list or draw makes another world: change these only with the results on the site"

@@ -324,6 +324,7 @@ class _Models(_Tokens):
         longest = self.recipe.model.context
         check(gpt.cfg.context >= longest, f"context = {longest} is longer than the base model's "
               f'{gpt.cfg.context}; set context={gpt.cfg.context} or less')
+        gpt.cfg = replace(gpt.cfg, recompute=self.recipe.model.recompute)  # no folder stores it
         return gpt
 
 # %% ../../nbs/4_training/07_run.ipynb #2769fc1a

@@ -1,10 +1,13 @@
 "One process in one folder, and whose run it is"
 import json, os, shutil, signal, time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lm_nb.core import UserError, atomic, read_json, root
+from lm_nb.model.gpt import GPT
+from lm_nb.model.hub import load_model, save_model
 from lm_nb.training import stage
 from lm_nb.training.recipe import Stage, load_recipe, recorded_recipe, register_stage
 from lm_nb.training.run import Run, differing, _open_run, run_lock
@@ -242,3 +245,13 @@ def test_sources_are_those_of_the_folder_where_the_run_began(tmp_path, monkeypat
     (tmp_path/'here').rename(tmp_path/'moved')
     monkeypatch.chdir(tmp_path/'moved')
     assert Run.open(tmp_path/'run').data.instructions == str(tmp_path/'moved'/'r.jsonl')
+
+
+def test_recomputing_concerns_a_model_from_a_folder_too(tmp_path):
+    words = ['paraphrases=1', 'vocab_size=1024', 'n_layer=1', 'n_head=1', 'd_model=16',
+             'context=32', 'recompute=true']
+    run = Run(load_recipe('micro', words), tmp_path/'run')
+    gpt = GPT(replace(run.recipe.model, vocab_size=len(run.tokenizer)))
+    save_model(run.folder/'base', gpt, run.tokenizer)
+    assert not load_model(run.folder/'base')[0].cfg.recompute
+    assert run.model_before('sft').cfg.recompute

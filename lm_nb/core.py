@@ -10,8 +10,8 @@ __all__ = ['UserError', 'check', 'nearest', 'root', 'packed', 'shipped', 'recipe
            'worker_count', 'Table']
 
 # %% ../nbs/core.ipynb #25555f7c
-import configparser, dataclasses, datetime, difflib, functools, hashlib, json, math, os, platform
-import random, re, shutil, statistics, subprocess, sys, time, types, typing, unicodedata
+import configparser, dataclasses, datetime, difflib, hashlib, json, math, os, platform, random
+import re, shutil, subprocess, sys, types, typing, unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -407,48 +407,6 @@ def _has_bf16_unit():
         said = info.read_text().split() if info.exists() else []
     return not {'avx512_bf16', 'amx_bf16', 'bf16'}.isdisjoint(said)
 
-# %% ../nbs/core.ipynb #e8b2d855
-def _faster_dtype(rounds=7):
-    "The dtype in which two linear layers train in less time here: medians of runs in turns"
-    import torch
-    F, times = torch.nn.functional, dict(fp32=[], bf16=[])
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        x, up, down = torch.ones(512, 256), torch.nn.Linear(256, 512), torch.nn.Linear(512, 256)
-        for i in range(2 * rounds + 2):
-            t, kind = time.perf_counter(), ('fp32', 'bf16')[i % 2]
-            with torch.autocast('cpu', torch.bfloat16, enabled=kind == 'bf16'):
-                y = down(F.silu(up(x)))
-            y.float().square().mean().backward()
-            times[kind].append(time.perf_counter() - t)
-    return min(times, key=lambda kind: statistics.median(times[kind][1:])) # the first warms up
-
-# %% ../nbs/core.ipynb #2d079a2c
-def _cache_folder():
-    "For what can be worked out again: `$XDG_CACHE_HOME/lm_nb`, else `~/.cache/lm_nb`"
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path('~/.cache').expanduser())/'lm_nb'
-
-# %% ../nbs/core.ipynb #95c4656c
-def _cpu_name():
-    info, machine = Path('/proc/cpuinfo'), platform.machine()
-    if not info.exists(): return platform.processor() or machine
-    found = re.search(r'^model name\s*:\s*(.+)$', info.read_text(), re.M)
-    return found[1].strip() if found else machine
-
-# %% ../nbs/core.ipynb #2268b56a
-@functools.cache
-def _cpu_dtype() -> str: # 'bf16' or 'fp32'
-    "The dtype for this CPU: fp32 without a bfloat16 unit, else measured once per CPU and torch"
-    if not _has_bf16_unit(): return 'fp32'
-    import torch
-    path, key = _cache_folder()/'cpu_dtype.json', f'{_cpu_name()}, torch {torch.__version__}'
-    try: known = dict(read_json(path))
-    except (UserError, OSError, TypeError, ValueError): known = {}
-    if known.get(key) in ('bf16', 'fp32'): return known[key]
-    known[key] = _faster_dtype()
-    try: write_json(path, known)
-    except OSError: pass # not ours to write: then each process measures for itself
-    return known[key]
-
 # %% ../nbs/core.ipynb #6ecc1085
 def pick_dtype(
     device:'torch.device',
@@ -463,7 +421,14 @@ def pick_dtype(
     if name != 'auto': return name
     if device.type == 'cuda':
         return 'bf16' if torch.cuda.get_device_capability(device)[0] >= 8 else 'fp16'
-    return _cpu_dtype() if device.type == 'cpu' else 'fp32'
+    return 'bf16' if device.type == 'cpu' and _has_bf16_unit() else 'fp32'
+
+# %% ../nbs/core.ipynb #95c4656c
+def _cpu_name():
+    info, machine = Path('/proc/cpuinfo'), platform.machine()
+    if not info.exists(): return platform.processor() or machine
+    found = re.search(r'^model name\s*:\s*(.+)$', info.read_text(), re.M)
+    return found[1].strip() if found else machine
 
 # %% ../nbs/core.ipynb #c9677581
 def hardware(

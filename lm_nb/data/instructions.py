@@ -353,10 +353,12 @@ def _reasons(report, before=None):
 
 # %% ../../nbs/1_data/12_instructions.ipynb #05046118
 def _with_roles(tok:Tokenizer, encoded:list) -> list[list[int]]:
-    "Question, answer, question …, each question behind its role, the first behind the system text"
+    """Question, answer, question …, each question behind its role, the first behind `bos` and the
+    system text"""
     system, *parts = encoded
     parts[::2] = [[tok.user, *question] for question in parts[::2]]
-    if len(system): parts[0] = [tok.system, *system, *parts[0]]
+    opening = [tok.bos, tok.system, *system] if len(system) else [tok.bos]
+    parts[0] = [*opening, *parts[0]]
     return parts
 
 # %% ../../nbs/1_data/12_instructions.ipynb #a1efb062

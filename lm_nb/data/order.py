@@ -187,11 +187,13 @@ class Batches:
 # %% ../../nbs/1_data/11_order.ipynb #c3a2f846
 def _window_batch(
     windows:Sequence[np.ndarray], # token ids (B, T + 1)
-    eos:int|None=None, # the id between documents; None: let rows attend across
+    bos:int, # the id that opens a document; no target, since it is of no text
+    eos:int|None=None, # the id that closes one; None: let rows attend across
 ) -> Batch:
     "Windows as a batch: each row's pair, and its document numbers"
     ids = torch.as_tensor(np.stack(windows), dtype=torch.int64)
-    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    x, y = ids[:, :-1].contiguous(), ids[:, 1:]
+    y = y.masked_fill(y == bos, IGNORE)
     return Batch(x, y, None if eos is None else document_numbers(x, eos))
 
 # %% ../../nbs/1_data/11_order.ipynb #ad7a6aa4
@@ -215,7 +217,7 @@ class PretrainBatches(Batches):
 
     def batch(self, samples:Sequence[int]) -> Batch:
         eos = self.shards.eos if self.doc_mask else None
-        return _window_batch([self.window(k) for k in samples], eos)
+        return _window_batch([self.window(k) for k in samples], self.shards.bos, eos)
 
     def about(self, sample:int) -> str:
         start = sample*self.context
@@ -304,12 +306,13 @@ class MixtureBatches(Batches):
         for s in others:
             check(s.index['tokenizer'] == first.index['tokenizer'], f'{s.path}: written with '
                   f'another tokenizer than {first.path}; write both with the same')
-        self.eos = first.eos if self.doc_mask else None
+        self.bos, self.eos = first.bos, first.eos if self.doc_mask else None
         self.texts = [PretrainBatches(s, self.context, rows=self.rows) for s in self.sources]
         self.order = _MixtureOrder([t.order.n for t in self.texts], self.weights, **self.sharing)
 
     def batch(self, samples:Sequence[tuple[int, int]]) -> Batch: # (source, window) of each row
-        return _window_batch([self.texts[s].window(k) for s, k in samples], self.eos)
+        windows = [self.texts[s].window(k) for s, k in samples]
+        return _window_batch(windows, self.bos, self.eos)
 
     def about(self, sample:tuple[int, int]) -> str:
         s, k = sample
@@ -343,12 +346,14 @@ def eval_batches(
     rows:int, # rows in a batch; the last may have fewer
     doc_mask:bool=True, # keep attention inside documents
 ) -> Iterator[Batch]:
-    "Every target exactly once, in order; padding has the target `IGNORE` and the document -1"
+    """Every target exactly once, in order; `bos` and padding are none, and padding has the document
+    -1"""
     size = len(shards)
     check(size > 1, f'{shards.path}: {size} tokens; at least 2 are needed to measure a loss')
     def to_rows(t, fill): return F.pad(t, (0, -len(t) % context), value=fill).view(-1, context)
     for start in range(0, size - 1, context*rows):
         x, y = pretrain_pair(shards.tokens(start, min(start + context*rows + 1, size)))
+        y = y.masked_fill(y == shards.bos, IGNORE)
         padding = to_rows(torch.zeros(len(x), dtype=torch.bool), True)
         x, y = to_rows(x, shards.pad), to_rows(y, IGNORE)
         doc = document_numbers(x, shards.eos).masked_fill(padding, -1) if doc_mask else None

@@ -190,7 +190,7 @@ def write_packed(
         none = f'{out}: there is no example to write that fits into {context} tokens'
         if not len(counts): raise NothingFits(none, report)
         index = dict(
-            version=1, kind=_KIND, dtype=dtype, vocab_size=len(tok), tokenizer=tok.sha256,
+            version=2, kind=_KIND, dtype=dtype, vocab_size=len(tok), tokenizer=tok.sha256,
             context=context, source_key=source_key,
             **_arrange(folder, sizes, counts, dtype, context),
             special=dict(pad=tok.pad, bos=tok.bos, eos=tok.eos),
@@ -205,7 +205,7 @@ def _is_packed_index(index:Any) -> bool:
     "Whether this is an index as `write_packed` makes it, whoever had it in hand since"
     kinds = dict(context=int, vocab_size=int, tokenizer=str, files=dict)
     if not isinstance(index, dict): return False
-    known = (index.get('version'), index.get('kind')) == (1, _KIND)
+    known = (index.get('version'), index.get('kind')) == (2, _KIND)
     known = known and index.get('dtype') in ('<u2', '<u4')
     known = known and all(isinstance(index.get(k), kind) for k, kind in kinds.items())
     entries = map(index['files'].get, _FILES) if known else ()
@@ -220,7 +220,7 @@ def _read_packed_index(
     check(path.is_dir(), f'{path}: no such folder of packed examples; write it first')
     index = read_json(path/'index.json')
     check(_is_packed_index(index),
-          f'{path}/index.json: not an index of packed examples of version 1; write them again')
+          f'{path}/index.json: not an index of packed examples of version 2; write them again')
     check(tok is None or tok.sha256 == index['tokenizer'],
           f'{path}/index.json: written with another tokenizer ({index["tokenizer"][:8]}, '
           f'not {getattr(tok, "sha256", "")[:8]}); write it again with this one')
@@ -257,6 +257,12 @@ class Packed:
         check(ids.max() < self.index['vocab_size'], f'{self.path}/tokens.bin: holds an id '
               'beyond the vocabulary: the file is damaged; write it again')
         return tuple(ids[a:b] for a, b in pairwise((at - at[0]).tolist()))
+
+    @property
+    def targets(self) -> int:
+        "How many tokens count in the loss: all answers, from `bos` to `eos`"
+        sizes = np.diff(self.part)[1::2]
+        return int(sizes.sum()) + 2*len(sizes)
 
     @property
     def lengths(self) -> np.ndarray: # int64

@@ -90,10 +90,11 @@ def _encode_documents(
     tok:Tokenizer,
     workers:int=1, # processes that encode
     batch_chars:int=2**20, # characters that are encoded together
-) -> Iterator[tuple[str, np.ndarray]]: # (document, its ids and `eos`); no ids for an empty one
+) -> Iterator[tuple[str, np.ndarray]]: # (document, its ids from `bos` to `eos`); none if empty
     "Each document with its token ids as the files hold them, in order"
     waiting:deque[str] = deque()  # documents whose pieces are on their way
-    parts, read, end = [], 0, _narrow(np.array([tok.eos]), len(tok))
+    parts, read = [], 0
+    bos, eos = _narrow(np.array([[tok.bos], [tok.eos]]), len(tok))
     def pieces():
         for text in docs:
             waiting.append(text)
@@ -104,7 +105,7 @@ def _encode_documents(
             parts.append(flat[at : at + len(ids)])
             at, read = at + len(ids), read + len(piece)
             if read < len(waiting[0]): continue
-            yield waiting.popleft(), np.concatenate([*parts, end] if read else parts)
+            yield waiting.popleft(), np.concatenate([bos, *parts, eos] if read else parts)
             parts, read = [], 0
 
 # %% ../../nbs/1_data/10_shards.ipynb #a20d8fd4
@@ -304,7 +305,7 @@ def _shard_plan(
     check(shard_tokens > 0,
           f'shard_tokens = {shard_tokens}: expected a positive number of tokens')
     return dict(
-        version=1, dtype=_narrow(np.array([0]), len(tok)).dtype.str, vocab_size=len(tok),
+        version=2, dtype=_narrow(np.array([0]), len(tok)).dtype.str, vocab_size=len(tok),
         tokenizer=tok.sha256, special=dict(pad=tok.pad, unk=tok.unk, bos=tok.bos, eos=tok.eos),
         shard_tokens=shard_tokens, source_key=source_key)
 
@@ -358,9 +359,9 @@ def read_index(
     "The index of a folder of shards; `UserError` if it is none, damaged, or another tokenizer's"
     check(path.is_dir(), f'{path}: no such folder of token shards; write it first')
     index = read_json(path/'index.json')
-    known = isinstance(index, dict) and index.get('version') == 1
+    known = isinstance(index, dict) and index.get('version') == 2
     check(known and {'special', 'shards', 'tokenizer', 'vocab_size'} <= index.keys(),
-          f'{path}/index.json: not an index of token shards of version 1; write the shards again')
+          f'{path}/index.json: not an index of token shards of version 2; write the shards again')
     check(tok is None or tok.sha256 == index['tokenizer'],
           f'{path}/index.json: written with another tokenizer ({str(index["tokenizer"])[:8]}, '
           f'not {getattr(tok, "sha256", "")[:8]}); write the shards again with this one')
@@ -395,7 +396,7 @@ class _ShardFiles:
             return [map_file(self.path/name, self.entries[name], dtype) for name in names]
         self.files, self.offsets = mapped('.bin', self.index['dtype']), mapped('.doc', '<i8')
         self.starts = np.cumsum([0, *map(len, self.files)])  # of each file, and the end
-        self.pad, self.eos = (self.index['special'][k] for k in ('pad', 'eos'))
+        self.pad, self.bos, self.eos = (self.index['special'][k] for k in ('pad', 'bos', 'eos'))
 
     def __len__(self) -> int: return int(self.starts[-1])
 

@@ -163,5 +163,5 @@ def saw_system_text(
     packed:Packed, # what a model was trained on
 ) -> bool:
     "Whether any of its examples has a system text"
-    first = packed.tokens[packed.part[packed.example[:-1]]]  # the first id of each
-    return bool((first == tok.system).any())
+    second = packed.tokens[packed.part[packed.example[:-1]] + 1]  # of each: behind `bos`
+    return bool((second == tok.system).any())

@@ -149,8 +149,8 @@ def from_transformers(
     return gpt
 
 # %% ../../nbs/2_model/03_hub.ipynb #79fa9440
-_TURN = ('<|system|> text (may be absent), <|user|> prompt <s> answer </s>; '
-         'control ids are inserted, never parsed out of text')
+_TURN = ('<s> once, <|system|> text (may be absent), <|user|> prompt <s> answer </s>; plain text '
+         'is <s> text </s>; control ids are inserted, never parsed out of text')
 
 def _tokenizer_note(tok):
     "What a reader has to know about a tokenizer, for JSON"

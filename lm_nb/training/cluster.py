@@ -86,7 +86,7 @@ class RemoteShards(Shards):
         self.files, self.offsets = files('.bin', self.index['dtype']), files('.doc', '<i8')
         width = self.files.dtype.itemsize
         self.starts = np.cumsum([0, *(e['bytes']//width for e in self.files.entries)])
-        self.pad, self.eos = (self.index['special'][k] for k in ('pad', 'eos'))
+        self.pad, self.bos, self.eos = (self.index['special'][k] for k in ('pad', 'bos', 'eos'))
 
 # %% ../../nbs/4_training/11_cluster.ipynb #95320747
 def _unfeistel(

@@ -73,7 +73,7 @@ def _document_opening(
     n:int = 64, # tokens at most
 ) -> str:
     "How the first document of the shards begins"
-    ids = shards.tokens(0, min(n, len(shards))).tolist()
+    ids = shards.tokens(1, min(n + 1, len(shards))).tolist()  # behind `bos`
     return tok.decode(ids[:ids.index(tok.eos)] if tok.eos in ids else ids)
 
 # %% ../../nbs/4_training/09_pretrain.ipynb #5633ed19
@@ -86,7 +86,7 @@ def _continuation(
 ) -> str:
     "The opening of a document, and how the model goes on"
     ids = tok.encode(text)[:min(n_prompt, gpt.cfg.context // 2)]
-    new = generate_batch(gpt, [ids or [tok.bos]], max_new, stop_ids(tok))[0]
+    new = generate_batch(gpt, [[tok.bos, *ids]], max_new, stop_ids(tok))[0]
     return f'{tok.decode(ids)} … {tok.decode(new)}'
 
 # %% ../../nbs/4_training/09_pretrain.ipynb #5f6096a4
@@ -104,15 +104,15 @@ def _label_style(): # of tokens in any script, taken literally; without a font t
 def _attention_figure(
     gpt:GPT,
     tok:Tokenizer,
-    text:str, # of which the first 40 tokens are read
+    text:str, # of which the first tokens are read, 40 with `bos`
     layer:int, # from 0
 ) -> Any:
     """Where each head of a layer looks: a row for each token, the brighter the more. A matplotlib
     figure"""
     from matplotlib.figure import Figure
-    device, first = next(gpt.parameters()).device, tok.encode(text)[:min(40, gpt.cfg.context)]
-    ids = torch.tensor([first], device=device)
-    pieces = [p.replace('\n', '⏎') for p in tok.pieces(text)[:len(first)]]
+    first = [tok.bos, *tok.encode(text)][:min(40, gpt.cfg.context)]
+    ids = torch.tensor([first], device=next(gpt.parameters()).device)
+    pieces = ['bos', *(p.replace('\n', '⏎') for p in tok.pieces(text))][:len(first)]
     weights = attention_weights(gpt, ids, layer)[0].float().cpu()
     columns, style = min(4, len(weights)), _label_style()
     rows, inches = -(-len(weights) // columns), 1.5 + .11*len(first)

@@ -2,7 +2,7 @@
 import bz2, csv, json, random
 from dataclasses import asdict
 
-import pytest, torch
+import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from source_files import REAL, put, rejected
 
@@ -13,7 +13,7 @@ from lm_nb.data.instructions import (
     Example, NothingFits, _exchanges, _fitting, _fold_context, _MARKS, _prompt_text,
     _split_dialogue, _Turn, _unfold, _with_roles, conversation_ids, _conversation_row, encode_each,
     encode_examples, lay_out, needed_context, prompt_ids, read_instructions, sft_row, to_example)
-from lm_nb.data.shards import IGNORE
+from lm_nb.data.shards import IGNORE, Shards, write_token_shards
 from lm_nb.data.tokenizer import Tokenizer
 
 VECTORS = dict(bos=8, eos=16, pad=0, max_length=16)
@@ -23,9 +23,11 @@ ids = st.lists(st.integers(0, 20), max_size=30)
 class Bytes:
     "A tokenizer of bytes: id = byte + 6"
     pad, unk, bos, eos, system, user = range(6)
+    sha256 = 'a'*64
     def __len__(self): return 262
     def encode(self, text): return [b + 6 for b in text.encode()]
     def encode_batch(self, texts): return [self.encode(t) for t in texts]
+    def encode_arrays(self, texts): return [np.array(ids) for ids in self.encode_batch(texts)]
     def decode(self, ids): return bytes(i - 6 for i in ids if i >= 6).decode()
 
 
@@ -115,9 +117,26 @@ def test_a_row_without_an_answer_still_ends():
 
 
 def test_roles():
-    assert prompt_ids(tok, 'hi') == [tok.user, *tok.encode('hi')]
-    assert prompt_ids(tok, 'hi', 'you') == [tok.system, *tok.encode('you'), tok.user,
+    assert prompt_ids(tok, 'hi') == [tok.bos, tok.user, *tok.encode('hi')]
+    assert prompt_ids(tok, 'hi', 'you') == [tok.bos, tok.system, *tok.encode('you'), tok.user,
                                             *tok.encode('hi')]
+
+
+def test_a_conversation_opens_like_a_document_once(tmp_path):
+    "Its first id is a document's, whatever its turns and system text, and no other turn has it"
+    write_token_shards(['a document'], tok, tmp_path/'s')
+    first = Shards(tmp_path/'s').tokens(0, 1).tolist()
+    turns = (('q1', 'a1'), ('q2', 'a2'))
+    for system in ('', 's'):
+        for n in range(3):
+            e = Example('q3', 'a3', system, turns=turns[:n])
+            [parts] = encode_examples(tok, [e], 60)
+            assert list(parts[0][:1]) == first == [tok.bos]
+            assert all(part[0] == tok.user for part in parts[2::2])
+            row = conversation_ids(tok, turns[:n], 'q3', system)
+            assert row[:1] == first and row.count(tok.bos) == n + 2  # and one for each answer
+            _, y = _conversation_row(parts, bos=tok.bos, eos=tok.eos)
+            assert (y == tok.bos).sum() == n + 1  # to be read; those of the answers are learned
 
 
 # ---- a conversation's row
@@ -173,7 +192,7 @@ def test_a_conversation_is_asked_as_it_was_trained(asked):
     turns, question, answer, system = asked
     ids, answered = conversation_ids(tok, turns, question, system), tok.encode(answer)
     assert ids == [*prompt_ids(tok, question, system, turns), tok.bos]
-    want = [*([tok.system, *tok.encode(system)] if system else [])]
+    want = [tok.bos, *([tok.system, *tok.encode(system)] if system else [])]
     for q, a in turns: want += [tok.user, *tok.encode(q), tok.bos, *tok.encode(a), tok.eos]
     assert ids == [*want, tok.user, *tok.encode(question), tok.bos]
     [parts] = encode_examples(tok, [Example(question, answer, system, turns=tuple(turns))], 10**6)
@@ -193,7 +212,7 @@ def test_an_answer_may_be_the_ids_that_were_sampled(asked):
     ids = conversation_ids(tok, turns, question, system)
     assert conversation_ids(tok, sampled, question, system) == ids
     q, r = tok.encode('q'), tok.encode('r')
-    want = [tok.user, *q, tok.bos, 7, 7, tok.eos, tok.user, *r, tok.bos]
+    want = [tok.bos, tok.user, *q, tok.bos, 7, 7, tok.eos, tok.user, *r, tok.bos]
     assert conversation_ids(tok, [('q', [7, 7])], 'r') == want
 
 
@@ -294,7 +313,8 @@ def test_system_texts_are_kept(record, system):
     e = to_example(record)
     assert (e.system, e.prompt, e.answer, e.turns) == (system, 'q', 'a', ())
     before = [tok.system, *tok.encode(system)] if system else []
-    assert prompt_ids(tok, e.prompt, e.system) == [*before, tok.user, *tok.encode('q')]
+    assert prompt_ids(tok, e.prompt, e.system) == [
+        tok.bos, *before, tok.user, *tok.encode('q')]
     assert e.extra == {}
 
 
@@ -781,13 +801,13 @@ def test_ten_thousand_strings_smuggle_nothing():
     for some in real.encode_batch(texts): assert control.isdisjoint(some)
     for prompt, system in zip(texts[::2], texts[1::2]):
         got = prompt_ids(real, prompt, system)
-        assert [t for t in got if t in control] == [real.system, real.user]
+        assert [t for t in got if t in control] == [real.bos, real.system, real.user]
     turns = [((texts[i+3], texts[i+4]),) for i in range(0, 10_000, 5)]
     examples = [Example(*texts[5*i:5*i+3], turns=some) for i, some in enumerate(turns)]
     a_turn = [real.user, real.bos, real.eos]
     for parts in encode_each(real, examples, 10**6):
         row = lay_out(parts, real.bos, real.eos)[0].tolist()
-        assert [t for t in row if t in control] == [real.system, *a_turn, *a_turn]
+        assert [t for t in row if t in control] == [real.bos, real.system, *a_turn, *a_turn]
 
 
 # ---- encoding
@@ -834,7 +854,7 @@ def test_a_long_conversation_keeps_its_first_turns_and_counts_the_others():
     report = Report()
     [parts] = encode_examples(tok, [talk], 20, report)
     assert [tok.decode(p) for p in parts] == ['sq1', 'a1', 'q2', 'a2']
-    assert parts[0][:2] == [tok.system, *tok.encode('s')]
+    assert parts[0][:3] == [tok.bos, tok.system, *tok.encode('s')]
     assert (report.rows, report.kept, report.rejected) == (1, 1, {})
     assert list(report.notes.values()) == [1]
     _, y = _conversation_row(parts, bos=tok.bos, eos=tok.eos)

@@ -18,6 +18,9 @@ from lm_nb.model.gpt import GPT, GPTConfig
 tok = Bytes()
 
 
+def learned(ids): return [IGNORE if i == tok.bos else i for i in map(int, ids)] # of targets
+
+
 @pytest.fixture
 def shards(tmp_path):
     docs = [f'document {i} ' + 'x'*(i*7 % 40) for i in range(50)]
@@ -218,7 +221,7 @@ def test_a_mixed_batch_holds_the_windows_it_names(tmp_path):
             assert batch.weight is None
             for (s, k), x, y, doc in zip(named, batch.x, batch.y, batch.doc, strict=True):
                 want = pretrain_pair(parts[s].tokens(20*k, 20*k + 21))
-                assert (x == want[0]).all() and (y == want[1]).all()
+                assert (x == want[0]).all() and y.tolist() == learned(want[1])
                 assert doc.tolist() == [want[0][:i].tolist().count(tok.eos) for i in range(20)]
     assert mixed(0)[0].doc is not None
     assert MixtureBatches(parts, [1, 1], 20, rows=6, doc_mask=False)(0)[0].doc is None
@@ -290,11 +293,11 @@ def test_documents_in_a_row_are_as_if_alone(tmp_path, arch):
     docs = ['alpha beta', 'x', '天地玄黃', 'one two three four five', 'a'*30]
     write_token_shards(docs, tok, tmp_path/'s')
     s = Shards(tmp_path/'s', tok)
-    packed = _window_batch([s.tokens(0, 65)], s.eos)
+    packed = _window_batch([s.tokens(0, 65)], s.bos, s.eos)
     with torch.no_grad():
         got, blind = gpt(packed.x, doc=packed.doc)[0], gpt(packed.x)[0]
         numbers = packed.doc[0].unique().tolist()
-        assert numbers == [0, 1, 2, 3, 4]
+        assert numbers == [0, 1, 2, 3, 4] and (packed.x == tok.bos).sum() == 5
         for d in numbers:
             here = packed.doc[0] == d
             alone = gpt(packed.x[:, here])[0]
@@ -321,7 +324,7 @@ def test_an_epoch_covers_the_corpus(shards):
     n = b.steps_per_epoch
     got = sorted(tuple(b(step)[0].y[0].tolist()) for step in range(n))
     ids = shards.tokens(0, len(shards))
-    assert got == sorted(tuple(ids[k*c + 1 : (k + 1)*c + 1].tolist()) for k in range(n))
+    assert got == sorted(tuple(learned(ids[k*c + 1 : (k + 1)*c + 1])) for k in range(n))
     assert 0 <= len(shards) - 1 - n*c < c
 
 
@@ -343,10 +346,10 @@ def test_no_document_numbers_without_the_mask(shards):
 def test_too_short_a_text_says_what_to_lower(tmp_path):
     write_token_shards(['abcdefg'], tok, tmp_path/'s')
     s = Shards(tmp_path/'s')
-    says = '8 tokens, but one window of context 8 takes 9; lower context to at most 7'
+    says = '9 tokens, but one window of context 9 takes 10; lower context to at most 8'
     with pytest.raises(UserError, match=says):
-        PretrainBatches(s, 8, rows=1)
-    assert PretrainBatches(s, 7, rows=1)(0)[0].x.shape == (1, 7)
+        PretrainBatches(s, 9, rows=1)
+    assert PretrainBatches(s, 8, rows=1)(0)[0].x.shape == (1, 8)
     with pytest.raises(UserError): PretrainBatches(s, 0, rows=1)
 
 
@@ -354,16 +357,61 @@ def test_too_short_a_text_says_what_to_lower(tmp_path):
 @given(st.integers(1, 70), st.integers(1, 20), st.integers(1, 5), st.booleans())
 def test_eval_batches_cover_every_target_once(tmp_path_factory, size, context, rows, doc_mask):
     path = tmp_path_factory.mktemp('shards')/'s'
-    write_token_shards(['ab']*(size//3) + ['x'*(size % 3 or 1)], tok, path, shard_tokens=10)
+    docs = ['ab']*(size//3) + ['x'*(size % 3 or 1)]
+    write_token_shards(docs, tok, path, shard_tokens=10)
     s = Shards(path)
     ids, batches = s.tokens(0, len(s)), list(eval_batches(s, context, rows, doc_mask))
     y, x = (torch.cat([getattr(b, k).flatten() for b in batches]) for k in 'yx')
     real = torch.arange(len(y)) < len(s) - 1
-    assert y[real].tolist() == ids[1:].tolist() and (y[~real] == IGNORE).all()
+    assert y[real].tolist() == learned(ids[1:]) and (y[~real] == IGNORE).all()
+    spelled = s.n_docs + len(''.join(docs))  # a document's targets are its pieces and `eos`
+    assert (y != IGNORE).sum() == spelled
     assert x[real].tolist() == ids[:-1].tolist() and (x[~real] == tok.pad).all()
     for b in batches: assert b.x.shape == b.y.shape and b.x.shape[1] == context and len(b.x) <= rows
     assert len(y) - (len(s) - 1) < context
     if doc_mask: assert ((torch.cat([b.doc.flatten() for b in batches]) == -1) == ~real).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.text('ab天', min_size=1, max_size=9), min_size=8, max_size=20),
+       st.integers(1, 23), st.sampled_from(['windows', 'mixture', 'in order']))
+def test_a_document_begins_from_bos_alone_and_bos_is_never_a_target(
+        tmp_path_factory, docs, context, how):
+    path = tmp_path_factory.mktemp('shards')/'s'
+    write_token_shards(docs, tok, path, shard_tokens=20)
+    s = Shards(path)
+    if how == 'windows': of = PretrainBatches(s, context, rows=2)
+    if how == 'mixture': of = MixtureBatches([s, s], [1, 2], context, rows=2)
+    batches = list(eval_batches(s, context, 2)) if how == 'in order' else [
+        b for step in range(of.steps_per_epoch) for b in of(step)]
+    begun = 0
+    for b in batches:
+        assert not (b.y == tok.bos).any()
+        for x, y, doc in zip(b.x.tolist(), b.y.tolist(), b.doc.tolist(), strict=True):
+            for t, target in enumerate(y):
+                if target == IGNORE: continue
+                assert x[t] != tok.eos  # what follows a document cannot be foretold from it
+                if x[t] == tok.bos:
+                    begun += 1
+                    assert t == 0 or x[t-1] == tok.eos and doc[t-1] == doc[t] - 1
+    if how == 'in order': assert begun == len(docs)  # each of them, once
+
+
+def test_first_pieces_have_the_loss_of_a_text_alone(tmp_path):
+    "Packed, the first piece of each document is as probable as behind `bos` and nothing else"
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(vocab_size=len(tok), context=32, n_layer=2, n_head=2, d_model=32,
+                        zero_init=False)).eval()
+    docs = ['alpha', 'b', '天地玄黃', 'one two three', 'x'*30]
+    write_token_shards(docs, tok, tmp_path/'s')
+    with torch.no_grad():
+        alone, found = gpt(torch.tensor([[tok.bos]]))[0, 0], []
+        for b in eval_batches(Shards(tmp_path/'s'), 32, 2):
+            logits = gpt(b.x, doc=b.doc)
+            for row, t in zip(*(b.x == tok.bos).nonzero(as_tuple=True)):
+                found.append(b.y[row, t].item())
+                torch.testing.assert_close(logits[row, t], alone, atol=1e-5, rtol=1e-5)
+    assert found == [tok.encode_batch([d])[0][0] for d in docs]
 
 
 # ------------------------------------------------------------------ what recorded runs rest on

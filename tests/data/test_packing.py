@@ -347,6 +347,17 @@ def test_whoever_had_the_index_in_hand_gets_one_line_or_what_was_written(tmp_pat
         (folder/'index.json').write_text(json.dumps(index), encoding='utf-8')
 
 
+def test_packed_examples_of_an_older_version_are_refused(tmp_path):
+    "They are whole, and their conversations begin without `bos`"
+    index = write_packed(CHATS, tok, tmp_path/'p', context=120)
+    (tmp_path/'p'/'index.json').write_text(json.dumps({**index, 'version': 1}))
+    for asked in tok, None:
+        with pytest.raises(UserError, match='not an index of packed examples of version 2') as e:
+            Packed(tmp_path/'p', asked)
+        assert f'{tmp_path}/p/index.json' in str(e.value) and 'write them again' in str(e.value)
+        assert '\n' not in str(e.value)
+
+
 @pytest.mark.parametrize('edit', [dict(context=60), dict(dtype='<u4'), dict(vocab_size=100)])
 def test_an_edited_index_trains_on_nothing(tmp_path, edit):
     index = write_packed(CHATS, tok, tmp_path/'p', context=120)
@@ -416,6 +427,6 @@ def test_alpaca_fills_its_rows(tmp_path):
 def test_the_same_examples_give_the_same_files(tmp_path):
     write_packed([pair*(1 + i % 3) for i, pair in enumerate(PAIRS)], tok, tmp_path/'p', context=120)
     assert {p.name: sha256(p)[:16] for p in (tmp_path/'p').iterdir()} == {
-        'examples.bin': 'f05f1919ef8c4f1a', 'index.json': 'ea5e1094d319be28',
+        'examples.bin': 'f05f1919ef8c4f1a', 'index.json': 'f9a6a678f10847b4',
         'parts.bin': '7596d949ee467a17', 'rows.bin': 'b0b0554047b6c86c',
         'tokens.bin': 'ac635b4416af4f0f'}

@@ -17,7 +17,8 @@ texts = st.lists(st.text(max_size=30), min_size=1, max_size=12).filter(any)
 
 
 def flat(docs, tok=tok):
-    return [i for ids in tok.encode_arrays(docs) if len(ids) for i in (*ids.tolist(), tok.eos)]
+    opened = [[tok.bos, *ids, tok.eos] for ids in tok.encode_batch(docs) if len(ids)]
+    return [i for ids in opened for i in ids]
 
 
 @pytest.fixture
@@ -42,6 +43,7 @@ def test_any_documents_come_back(tmp_path_factory, docs, shard_tokens):
     for k in range(len(s.files)):
         ends = s.offsets[k]
         assert ends[0] == 0 and ends[-1] == len(s.files[k])
+        assert (s.files[k][ends[:-1]] == tok.bos).all()
         assert (s.files[k][ends[1:] - 1] == tok.eos).all()
         assert ends[-2] < shard_tokens and (ends[-1] >= shard_tokens or k == len(s.files) - 1)
     assert index['tokens'] == len(want) and s.verify() == 2*len(s.files)
@@ -68,9 +70,9 @@ def four(tmp_path_factory):
 def test_width_follows_the_vocabulary(tmp_path, vocab, dtype, width):
     wide = Bytes(vocab)
     index = write_token_shards(['abc'], wide, tmp_path/'s')
-    assert index['dtype'] == dtype and (tmp_path/'s'/'shard-00000.bin').stat().st_size == 4*width
+    assert index['dtype'] == dtype and (tmp_path/'s'/'shard-00000.bin').stat().st_size == 5*width
     s = Shards(tmp_path/'s', wide)
-    assert s.tokens(0, 4).tolist() == flat(['abc'], wide) and max(s.tokens(0, 4)) > 2**15
+    assert s.tokens(0, 5).tolist() == flat(['abc'], wide) and max(s.tokens(0, 5)) > 2**15
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
@@ -446,11 +448,21 @@ def test_a_folder_that_cannot_be_noted_in_is_read_each_time(shards, monkeypatch)
 
 
 @pytest.mark.parametrize('text', [
-    '', '{', '[]', 'null', '{}', '{"version": 2}', '{"version": 1, "shards": []}',
-    '{"version": 1, "special": {}, "tokenizer": "", "vocab_size": 3, "shards": [{}]}'])
+    '', '{', '[]', 'null', '{}', '{"version": 3}', '{"version": 2, "shards": []}',
+    '{"version": 2, "special": {}, "tokenizer": "", "vocab_size": 3, "shards": [{}]}'])
 def test_an_index_that_is_none(shards, text):
     (shards.path/'index.json').write_text(text)
     with pytest.raises(UserError, match='index.json'): Shards(shards.path, tok)
+
+
+@pytest.mark.parametrize('given', [tok, None])
+def test_shards_of_an_older_version_are_refused(shards, given):
+    "They are whole, and their documents begin without `bos`: a model would read them as one text"
+    edit(shards.path, version=1)
+    with pytest.raises(UserError, match='not an index of token shards of version 2') as e:
+        Shards(shards.path, given)
+    assert f'{shards.path}/index.json' in str(e.value) and 'write the shards again' in str(e.value)
+    assert '\n' not in str(e.value)
 
 
 @pytest.mark.parametrize('name', ['index.json', 'shard-00001.bin', 'shard-00000.doc'])
@@ -458,7 +470,7 @@ def test_no_flipped_bit_is_trained_on(shards, name):
     "Wherever it is, it is named, or it is where nothing is read from"
     file, rng = shards.path/name, random.Random(0)
     raw = file.read_bytes()
-    def read(s): return s.tokens(0, len(s)).tolist(), s.n_docs, s.text_bytes, s.pad, s.eos
+    def read(s): return s.tokens(0, len(s)).tolist(), s.n_docs, s.text_bytes, s.pad, s.bos, s.eos
     want, named = read(shards), 0
     for _ in range(300):
         at, bit = rng.randrange(len(raw)), 1 << rng.randrange(8)
@@ -538,6 +550,7 @@ def test_real_articles_come_back(tmp_path):
     assert len(s.files) > 1 and index['text_bytes'] == sum(len(d.encode()) for d in docs)
     ids = s.tokens(0, len(s))
     parts = np.split(ids, np.flatnonzero(ids == real.eos) + 1)[:-1]
+    assert all(p[0] == real.bos and (p == real.bos).sum() == 1 for p in parts)
     assert [real.decode(p) for p in parts] == docs
 
 
@@ -547,7 +560,8 @@ def test_the_same_documents_give_the_same_files(tmp_path):
     docs = [f'document {i} ' + '天地'*(i*7 % 40) for i in range(50)]
     write_token_shards(docs, tok, tmp_path/'s', shard_tokens=2000)
     assert {p.name: sha256(p)[:16] for p in (tmp_path/'s').iterdir()} == {
-        'index.json': '2a1598ba8bab0821',
-        'shard-00000.bin': 'a6f6a94d07a2b82c', 'shard-00000.doc': 'a3ea65ff58721bc0',
-        'shard-00001.bin': '469b6986c72899a3', 'shard-00001.doc': '7cb3ca4da4f338ac',
-        'shard-00002.bin': 'd23741a4a94272bc', 'shard-00002.doc': 'a03ae998328f08e8'}
+        'index.json': '18dd067dbca658c4',
+        'shard-00000.bin': 'a96a949aaba49a7c', 'shard-00000.doc': 'd8186d982b8f611d',
+        'shard-00001.bin': 'b5ac96cb57dd2b30', 'shard-00001.doc': '4f4fe2df65aa9c8b',
+        'shard-00002.bin': '326b302cc161ae5e', 'shard-00002.doc': 'e5cd8bc719c9757b',
+        'shard-00003.bin': '557ab6bc31a45286', 'shard-00003.doc': 'ae39d784ed996e96'}

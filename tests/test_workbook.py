@@ -9,9 +9,11 @@ import torch
 from desk import asks, facts, furnish
 from lm_nb.core import read_json
 from lm_nb.inference.evaluate import heldout
+from lm_nb.training.monitor import read_log
 from lm_nb.training.recipe import load_recipe
 from lm_nb.training.run import Run
-from lm_nb.workbook import evaluate_stage, measured_on, results_table, _run_job
+from lm_nb.workbook import (
+    evaluate_stage, measured_on, plot_progress, results_table, run_all)
 
 RECORDS = sorted((Path(__file__).parent.parent/'nbs'/'results').glob('*.json'))
 KEYS = {'pretrain.tokens': 1600, 'sft.tokens': 1600, 'eval_every': 0, 'save_every': 0,
@@ -28,7 +30,7 @@ def job(tmp_path_factory):
         m.setenv('IN_TEST', '1')
         said = []
         run = Run(load_recipe('tiny', ['dtype=bf16']), Path('run'))
-        yield run, _run_job(run, said.append), said
+        yield run, run_all(run, said.append), said
 
 
 def test_results_say_what_they_were_measured_on(job):
@@ -47,7 +49,7 @@ def test_what_was_asked_is_there_by_stage(job):
     assert [k for k in results if k in ('pretrain', 'base', 'sft', 'chat')] == [
         'pretrain', 'base', 'sft', 'chat']
     assert results['base']['heldout']['bits_per_byte'] > 0 and results['chat']['exact']
-    assert [row[0] for row in results_table(results).rows][-1] == 'after SFT'
+    assert results_table(results).head[-1] == 'after SFT'
     asked = len(run.records('test'))
     assert sum(s['n'] for s in results['chat']['exact'].values()) == asked
     lines = (run.folder/'answers.jsonl').read_text(encoding='utf-8').splitlines()
@@ -62,7 +64,7 @@ def test_a_second_call_measures_nothing_again(job, monkeypatch):
     before = (run.folder/'results.json').read_bytes()
     monkeypatch.setattr('lm_nb.workbook.run_stage', lambda *a: pytest.fail('trained again'))
     monkeypatch.setattr('lm_nb.workbook.evaluate_stage', lambda *a: pytest.fail('asked again'))
-    assert _run_job(Run.open(run.folder), lambda line: None) == results
+    assert run_all(Run.open(run.folder), lambda line: None) == results
     assert (run.folder/'results.json').read_bytes() == before
 
 
@@ -74,7 +76,7 @@ def test_evaluation_computes_in_the_dtype_noted_with_the_run(job, monkeypatch):
         with context: seen.append(torch.is_autocast_enabled('cpu'))
         return heldout(gpt, batches, text_bytes, run.runtime('pretrain').autocast(), ranks)
     monkeypatch.setattr('lm_nb.training.pretrain.heldout', watched)
-    monkeypatch.setattr('lm_nb.core._cpu_dtype', lambda: 'fp32')
+    monkeypatch.setattr('lm_nb.core._has_bf16_unit', lambda: False)
     monkeypatch.setattr('lm_nb.training.run.pick_dtype', lambda *a: pytest.fail('measured anew'))
     found = evaluate_stage(run, 'pretrain')
     assert seen == [True] and found['heldout'] == results['base']['heldout']
@@ -87,3 +89,33 @@ def test_every_record_says_what_it_was_made_with_or_that_it_does_not(path):
     on, line = results['hardware'], measured_on(results)
     assert on['name'] and on['torch'] and on['date'] and on['date'] in line
     if 'commit' not in on: assert 'lm_nb 0.1.0' in line and line.count('not recorded') >= 3
+
+
+SETTINGS = Path(__file__).parent.parent/'settings.ini'
+WORLD = """paraphrases=5 vocab_size=600 n_layer=1 n_head=2 d_model=32 d_ff=64 context=256
+    batch_tokens=1536 pretrain.tokens=16000 sft.tokens=8000 eval_every=5 sft.eval_every=5
+    sample_every=0 device=cpu
+    groups=five~one""".split()
+
+
+@pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
+def test_the_same_seed_on_the_same_machine_gives_the_same_table(dtype, tmp_path, monkeypatch):
+    monkeypatch.setenv('IN_TEST', '1')
+    keys = [k.replace('~', ' ') for k in WORLD] + [f'dtype={dtype}']
+    def job(name):
+        run = Run(load_recipe('micro', keys, SETTINGS), tmp_path/name)
+        results = run_all(run, lambda line: None)
+        logs = [[{k: v for k, v in r.items() if 'facts/' in k} for r in read_log(run.folder/stage)]
+                for stage in ('pretrain', 'sft')]
+        return run, results, logs
+    (run, one, curves), (_, two, again) = job('one'), job('two')
+    for output in ('base', 'chat'): assert one[output] == two[output]
+    assert str(results_table(one)) == str(results_table(two)) and curves == again
+    for found, how in zip(curves, ('cloze', 'seen')):
+        points = [r for r in found if r]
+        assert len(points) >= 2 and {f'facts/{how} five', f'facts/{how} one'} <= points[-1].keys()
+    assert one['chat']['facts'].keys() == {'five', 'one'} and one['pretrain']['dtype'] == dtype
+    tasks = [row[0] for row in results_table(one).rows]
+    assert tasks == ['zh → en', 'en → zh', 'summary zh', 'summary en'], 'facts have their own table'
+    assert all('[' in cell for row in results_table(one).rows for cell in row[1:])
+    assert len(plot_progress(run.folder/'pretrain', run.folder/'sft').axes) == 3

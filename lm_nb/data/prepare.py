@@ -44,11 +44,10 @@ class DataConfig(ReadConfig):
     instructions_test: str = ''   # records that are only asked at the end
     tokenizer_reads: str = 'text'  # what the tokenizer is trained on: text, or both (records too)
     paraphrases: int = 20         # microworld: how many paraphrases of each article are read
-    fixed_order: bool = False     # microworld: facts always in the same order
     groups: str = ''              # microworld: how entities are told, such as reference five one
     asked: str = 'test'           # microworld: whose facts are measured, those of test or valid
     doc_mask: bool = True         # documents that share a row do not see each other
-    replay: float = 0.0           # SFT: share of the positions that go on reading `text`
+    replay: float = 0.0           # SFT: share of the loss that is text, read again
     replay_text: str = ''         # SFT: what is read again; empty: `text`
     base: str = ''                # the first stage starts from this model folder
 
@@ -101,7 +100,7 @@ def resolve_sources(
         with atomic(folder) as tmp:
             tmp.mkdir()
             write_microworld(tmp, seed=seed, paraphrases=data.paraphrases,
-                             fixed_order=data.fixed_order, groups=data.groups)
+                             groups=data.groups)
     own: dict[str, Any] = dict(text=str(folder/'text.jsonl'))
     if data.groups:  # what is asked about is neither held out by chance nor read again
         own |= dict(text_valid=data.text_valid or str(folder/'text-valid.jsonl'),

@@ -91,11 +91,12 @@ def test_splits(world):
     for kind in KINDS:
         n = len(world.of(kind))
         assert abs(len(world.of(kind, 'train')) - n/2) <= 2
-        assert abs(len(world.of(kind, 'valid')) - n/6) <= 1
+        assert abs(len(world.of(kind, 'valid')) - n/4) <= 1
         learned = {(k, v) for e in world.of(kind, 'train') for k, v in e.facts.items()}
         assert {(k, v) for e in world.of(kind) for k, v in e.facts.items()} <= learned
     for where in (-3, -2, -1):  # family name, first and second character of the given name
-        trained = {e.name.zh[where] for e in world.of('person', 'train')}
+        some = *world.of('person', 'train'), *(e for e in world.strangers if e.kind.id == 'person')
+        trained = {e.name.zh[where] for e in some}
         assert {e.name.zh[where] for e in world.of('person')} == trained
     rows = {split: instruction_records(world, split, 60) for split in ('train', 'valid', 'test')}
     for a, b in (('train', 'valid'), ('train', 'test'), ('valid', 'test')):
@@ -117,18 +118,7 @@ def test_train_covers_rare_pieces():
     for seed in range(20):
         splits = _assign_splits(rows, Random(seed))
         assert len(set().union(*(r for r, s in zip(rows, splits) if s == 'train'))) == 20
-        assert splits.count('train') == 21
-
-def test_one_version_has_every_fact_once_in_order(world):
-    docs = articles(world, 1, True)
-    assert len(docs) == 2*len(world.entities)
-    byid = {e.id: e for e in world.entities}
-    for d in docs:
-        e = byid[d['entity']]
-        text, values = d['text'].lower(), [getattr(v, d['lang']).lower() for v in e.facts.values()]
-        for v in values: assert v in text, d
-        at = [text.index(v) for v in values]
-        if e.kind.id == 'town': assert at == sorted(at), d  # others have values that occur in names
+        assert splits.count('train') == 20
 
 def test_parallel_halves_say_the_same(world):
     for e in world.entities[::7]:
@@ -147,14 +137,14 @@ def test_files_repeat_to_the_byte(tmp_path):
         for line in a[name].read_text(encoding='utf-8').splitlines():
             assert isinstance(json.loads(line), dict)
     assert sorted(p.stem for p in (tmp_path/'a').iterdir()) == [
-        'cloze', 'instructions-test', 'instructions-train', 'instructions-valid', 'text']
+        'instructions-test', 'instructions-train', 'instructions-valid', 'text']
 
 def test_tiny_worlds_work(tmp_path):
     assert len(make_world(people=1, towns=1, things=1).of(split='train')) == 3
     write_microworld(tmp_path/'w', people=6, towns=6, things=6, paraphrases=1)
 
 @pytest.mark.parametrize('how, says', [
-    (dict(people=0), 'people = 0'), (dict(towns=109), 'at most 108'), (dict(hubs=0), 'hubs = 0'),
+    (dict(people=0), 'people = 0'), (dict(towns=361), 'at most 360'), (dict(hubs=0), 'hubs = 0'),
     (dict(paraphrases=0), 'paraphrases = 0')])
 def test_impossible_worlds(tmp_path, how, says):
     with pytest.raises(UserError, match=says): write_microworld(tmp_path, **how)
@@ -193,19 +183,19 @@ def test_canonical_line_names_the_entity(world):
 ALL = ' '.join(GROUPS)
 
 @pytest.fixture(scope='module', params=range(3))
-def dealt(request): return deal_groups(make_world(request.param, thirds=True), ALL)
+def dealt(request): return deal_groups(make_world(request.param), ALL)
 
 @pytest.fixture(scope='module')
 def told(dealt):
     "{entity: its documents}"
-    out = {e.id: [] for e in dealt.entities}
+    out = {e.id: [] for e in (*dealt.entities, *dealt.strangers)}
     for d in articles(dealt): out[d['entity']].append(d)
     return out
 
 def members(world, group, split=None): return [e for e in world.of(split=split) if e.group == group]
 
 def test_groups_are_equally_exposed(dealt, told):
-    "As many articles for each entity and language; bytes of a group within 2 %, tokens within 3 %"
+    "As many articles for each entity and language; bytes of a group within 2 %, tokens within 4 %"
     tok = Tokenizer.train([d['text'] for docs in told.values() for d in docs[:8]], 2048)
     tokens, size = {}, {}
     for group in GROUPS:
@@ -215,7 +205,7 @@ def test_groups_are_equally_exposed(dealt, told):
         tokens[group] = sum(map(len, tok.encode_batch(texts))) / len(members(dealt, group))
         size[group] = sum(len(t.encode()) for t in texts) / len(members(dealt, group))
     assert max(size.values()) < 1.02 * min(size.values()), size
-    assert max(tokens.values()) < 1.03 * min(tokens.values()), tokens
+    assert max(tokens.values()) < 1.04 * min(tokens.values()), tokens
 
 def test_groups_are_of_one_size_in_each_split(dealt):
     for split in ('valid', 'test'):
@@ -226,11 +216,11 @@ def test_groups_are_of_one_size_in_each_split(dealt):
             assert max(n) - min(n) <= 2, (kind, n)
     assert not any(e.group for e in dealt.of(split='train'))
 
-def test_thirds_cover_what_is_asked(dealt):
+def test_splits_cover_what_is_asked(dealt):
     def values(split): return {(k, v) for e in dealt.of(split=split) for k, v in e.facts.items()}
     assert values('valid') | values('test') <= values('train')
     assert abs(len(dealt.of(split='valid')) - len(dealt.of(split='test'))) <= 3
-    assert len(dealt.of(split='train')) < .4 * len(dealt.entities)
+    assert len(dealt.of(split='train')) == len(dealt.entities) // 2
 
 @pytest.mark.parametrize('group', GROUPS)
 def test_a_group_is_told_as_it_says(dealt, told, group):
@@ -256,7 +246,9 @@ def test_a_group_is_told_as_it_says(dealt, told, group):
 def test_nothing_leaks_into_training(dealt):
     train = instruction_records(dealt, 'train', 4500)
     asked = {e.id for split in ('valid', 'test') for e in dealt.of(split=split)}
+    told = {e.id for e in dealt.entities}
     assert not asked & {r['entity'] for r in train}
+    for r in train: assert (r['entity'] in told) == r['task'].startswith('qa_'), r
     assert {r['wording'] for r in train} == {'seen'}
     text = '\n'.join(r['instruction'] + r['input'] + r['output'] for r in train)
     for e in dealt.entities:
@@ -278,21 +270,35 @@ def test_probes_ask_for_what_was_told(dealt, told):
         start, rest = r['cloze']
         assert canonical.removeprefix(start).strip().startswith(rest), r
 
+def test_strangers_are_told_of_once(dealt, told):
+    names = [e.name for e in dealt.entities] + [e.name for e in dealt.strangers]
+    for lang in (0, 1): assert len({n[lang] for n in names}) == len(names)
+    for e in dealt.strangers:
+        doc, = told[e.id]
+        text = doc['text'].lower()
+        if doc['lang'] == 'zh+en': assert e.name.zh in text and e.name.en.lower() in text
+        else: assert doc['text'].split('\n')[1] == _summary_line(e, doc['lang'])
+    assert Counter(e.kind.id for e in dealt.strangers)['person'] == 4*len(dealt.of('person'))
+    assert not make_world(people=4, towns=4, things=4, strangers=0).strangers
+
 def test_groups_repeat_and_one_group_tells_all():
-    make = lambda seed=3: deal_groups(make_world(seed, thirds=True), ALL)
+    make = lambda seed=3: deal_groups(make_world(seed), ALL)
     assert make() == make() != make(4)
     assert articles(make(), 5) == articles(make(), 5)
     assert {e.group for e in deal_groups(make_world(), 'one').entities} == {'one'}
     with pytest.raises(UserError, match='there is no on'): deal_groups(make_world(), 'one on')
-    with pytest.raises(UserError, match='multiple of 5'): articles(make(), 3)
+    with pytest.raises(UserError, match='multiple of 5'): articles(make(), 7)
 
 def test_held_out_text_is_about_training_entities(tmp_path):
     files = write_microworld(tmp_path, groups='one five', paraphrases=5)
     rows = {k: [json.loads(l) for l in p.open(encoding='utf-8')] for k, p in files.items()}
     about = {k: {r['entity'] for r in rows[k]} for k in rows if 'entity' in rows[k][0]}
     assert about['text_valid'] and not about['text_valid'] & (about['facts_test'] | about['valid'])
-    assert about['facts_test'] == about['text'] - about['facts_valid'] - about['text_valid']
-    assert about['text_train'] == about['text_valid'] and len(about) == 8
+    strangers = {e for e in about['text'] if e.startswith('stranger-')}
+    assert strangers and not strangers & {r['entity'] for r in rows['test'] + rows['valid']}
+    told = about['text'] - strangers
+    assert about['facts_test'] == told - about['facts_valid'] - about['text_valid']
+    assert about['text_train'] == about['text_valid'] | strangers and len(about) == 8
     train = [d for d in rows['text'] if d['entity'] in about['text_train']]
     assert rows['text_train'] == train
 

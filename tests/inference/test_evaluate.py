@@ -66,7 +66,7 @@ class Scripted(torch.nn.Module):
 
 # loss
 
-def test_heldout_is_the_mean_over_targets(model, shards):
+def test_heldout_is_the_mean_over_targets(model, tok, shards):
     model.eval()
     batches = list(eval_batches(shards, 64, 4))
     def nll(b):
@@ -74,11 +74,31 @@ def test_heldout_is_the_mean_over_targets(model, shards):
         return F.cross_entropy(logits, b.y.flatten(), ignore_index=IGNORE, reduction='sum').item()
     total, size = sum(map(nll, batches)), sum(len(t.encode()) for t in TEXTS)
     got = heldout(model, batches, shards.text_bytes)
-    assert got['targets'] == len(shards) - 1
-    assert math.isclose(got['loss'], total/(len(shards) - 1), rel_tol=1e-5)
+    targets = sum(len(tok.encode(t)) + 1 for t in TEXTS) # the pieces of each document and its `eos`
+    assert got['targets'] == targets == len(shards) - len(TEXTS)
+    assert math.isclose(got['loss'], total/targets, rel_tol=1e-5)
     assert math.isclose(got['bits_per_byte'], total/math.log(2)/size, rel_tol=1e-5)
     assert math.isclose(math.log(got['perplexity']), got['loss'], rel_tol=1e-6)
     json.dumps(got)                            # plain numbers, ready for results.json
+
+def test_the_bits_of_a_document_add_up_from_bos(model, tok, tmp_path):
+    "Packed or alone, the bits of texts are those of their pieces, the first too, and of `eos`"
+    docs = ['河是绿色的。', 'The river', 'T']
+    write_token_shards(docs, tok, tmp_path/'s')
+    valid, want = Shards(tmp_path/'s'), 0.
+    assert len(valid) <= 64 # a window cuts none of them
+    model.eval()
+    for text in docs:
+        ids = [tok.bos, *tok.encode(text), tok.eos]
+        with torch.no_grad(): logp = model(torch.tensor([ids[:-1]])).log_softmax(-1)[0]
+        end = -logp[-1, tok.eos].item()/math.log(2)
+        first = -logp[0, ids[1]].item()/math.log(2)
+        pieces, bits = surprisal(model, tok, text)
+        assert len(pieces) == len(bits) and math.isclose(bits[0], first, rel_tol=1e-4)
+        want += sum(bits) + end
+    got = heldout(model, eval_batches(valid, 64, 2), valid.text_bytes)
+    assert math.isclose(got['bits_per_byte']*valid.text_bytes, want, rel_tol=1e-5)
+
 
 def test_heldout_weighs_targets_not_batches(model, tok):
     "One long and one short batch: the mean of batch means would be another number"
@@ -127,7 +147,7 @@ def test_nothing_to_measure(model):
 @pytest.mark.parametrize('world', [2, 4])
 def test_ranks_share_the_batches(model, shards, world):
     "As many passes on each rank, every batch once, and the sums of all are the whole"
-    batches, sums, passes = [*eval_batches(shards, 64, 2)], [], []
+    batches, sums, passes = [*eval_batches(shards, 64, 3)], [], []
     assert len(batches) % world                # one rank runs out of batches
     forward = model.forward
     for rank in range(world):
@@ -201,7 +221,8 @@ def test_earlier_turns_are_part_of_the_question(tok):
 
 def test_plain_answer_is_the_first_line(tok):
     e = Example('The river?', 'green')
-    robot = Scripted(tok, [(tok.encode('The river?\n'), tok.encode('green\nblue'))])
+    asked = [tok.bos, *tok.encode('The river?\n')]
+    robot = Scripted(tok, [(asked, tok.encode('green\nblue'))])
     scores, answers = exact_match(robot, tok, [e], chat=False)
     assert answers == [Answer('The river?', 'green', 'green')] and answers[0].exact
     assert robot.reads <= len(tok.encode('green')) + 1 # it stops at the line break
@@ -211,7 +232,8 @@ def test_few_shot_text(tok):
     shots = [Example('hill', 'blue', task='a'), Example('sky', 'blue', task='b'),
              Example('river', 'green', task='a')]
     asked = Example('hill', 'blue', task='a')
-    robot = Scripted(tok, [(tok.encode('river\ngreen\n\nhill\n'), tok.encode('blue'))])
+    ids = [tok.bos, *tok.encode('river\ngreen\n\nhill\n')]
+    robot = Scripted(tok, [(ids, tok.encode('blue'))])
     assert exact_match(robot, tok, [asked], shots=shots, chat=False)[1][0].exact
     assert E._shots_for(asked, shots) == [shots[2]] # same task, and never its own answer
 
@@ -267,17 +289,18 @@ def test_cloze(tok):
     rows = [('The river is', 'green', 'en', ' green.'), ('The hill is', 'blue', 'en', ' green'),
             ('河是', '绿', 'zh', '绿色的')]
     records = [dict(prompt=prompt, answer=answer, lang=lang) for prompt, answer, lang, _ in rows]
-    script = [(tok.encode(prompt), tok.encode(says)) for prompt, _, _, says in rows]
+    script = [([tok.bos, *tok.encode(prompt)], tok.encode(says)) for prompt, _, _, says in rows]
     scores, answers = cloze_match(Scripted(tok, script), tok, records)
     assert {k: (s['exact'], s['n']) for k, s in scores.items()} == {'en': (1, 2), 'zh': (1, 1)}
     assert answers[1].got == 'green'
 
 
-def test_choice_score_is_the_likelihood(model, tok):
+@pytest.mark.parametrize('prompt', ['The river is ', ''])
+def test_choice_score_is_the_likelihood(model, tok, prompt):
     model.eval()
     choices = ['green.', 'blue, and so is the sky', '绿']
-    start = tok.encode('The river is ')
-    for c, score in zip(choices, choice_score(model, tok, 'The river is ', choices)):
+    start = [tok.bos, *tok.encode(prompt)]
+    for c, score in zip(choices, choice_score(model, tok, prompt, choices)):
         ids = start + tok.encode(c)
         logp = model(torch.tensor([ids[:-1]])).log_softmax(-1)[0]
         want = sum(logp[i, ids[i+1]].item() for i in range(len(start) - 1, len(ids) - 1))
@@ -289,7 +312,8 @@ def test_chat_choices_begin_and_end_as_in_training(model, tok):
     model.eval()
     ids = [*prompt_ids(tok, 'hill'), tok.bos, *tok.encode('blue'), tok.eos]
     logp = model(torch.tensor([ids[:-1]])).log_softmax(-1)[0]
-    first = ids.index(tok.bos)
+    first = len(prompt_ids(tok, 'hill')) # the second `bos`: the first one opens the conversation
+    assert ids[first] == tok.bos
     want = sum(logp[i, ids[i+1]].item() for i in range(first, len(ids) - 1))
     [got] = choice_score(model, tok, 'hill', ['blue'], chat=True)
     assert math.isclose(got, want, rel_tol=1e-4)
@@ -302,19 +326,30 @@ def test_choices_of_all_texts_sum_to_one(model, tok):
     assert .1 < sum(map(math.exp, scores)) < 1 + 1e-4
 
 
-@pytest.mark.parametrize('prompt, choices, words', [
-    ('', ['a'], 'empty'), ('hill', ['river ' * 80], 'context = 64')])
-def test_choice_mistakes(model, tok, prompt, choices, words):
-    with pytest.raises(UserError, match=words): choice_score(model, tok, prompt, choices)
+def test_a_choice_without_a_prompt_is_a_text(model, tok):
+    "Nothing stands before it but `bos`, so its likelihood is that of the text"
+    for text, nats in zip(TEXTS[:4], choice_score(model, tok, '', TEXTS[:4])):
+        bits = surprisal(model, tok, text)[1]
+        assert math.isclose(-nats, sum(bits)*math.log(2), rel_tol=1e-4)
+
+
+def test_choice_mistakes(model, tok):
+    for prompt in ('hill', ''):
+        with pytest.raises(UserError, match='context = 64'):
+            choice_score(model, tok, prompt, ['river ' * 80])
 
 
 def test_surprisal_adds_up_to_the_loss(model, tok):
     pieces, bits = surprisal(model, tok, TEXTS[0])
-    ids = torch.tensor([tok.encode(TEXTS[0])])
+    ids = torch.tensor([[tok.bos, *tok.encode(TEXTS[0])]])
     got = heldout(model, [Batch(ids[:, :-1], ids[:, 1:], None)])
-    assert len(pieces) == len(bits) + 1
+    assert len(pieces) == len(bits) == got['targets']
     assert math.isclose(sum(bits)*math.log(2), got['loss']*got['targets'], rel_tol=1e-4)
-    with pytest.raises(UserError, match='1 tokens'): surprisal(model, tok, 'T')
+    assert len(surprisal(model, tok, 'T')[1]) == 1
+    for text, n in ('', 0), ('T'*65, 65):
+        with pytest.raises(UserError, match=f'{n} tokens; expected 1 to 64'):
+            surprisal(model, tok, text)
+    assert len(surprisal(model, tok, 'T'*64)[1]) == 64 # as many as the context
 
 # the registry
 

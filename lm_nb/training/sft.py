@@ -30,15 +30,26 @@ from .pretrain import (
     few_held_out, fingerprints, many_passes, rows_per_step, text_batches, validation)
 
 # %% ../../nbs/4_training/10_sft.ipynb #9b9b2ef9
+def _replayed_share(
+    run:Run,
+    stage:str, # its name
+    rows:int, # of a step that are text
+) -> float: # of the targets
+    "What part of the loss some rows of text are: each has targets throughout, answers fewer"
+    packed, n = run.packed['train'], rows_per_step(run.recipe, stage)
+    text, asked = rows * run.recipe.model.context, (n - rows) * packed.targets / len(packed.rows)
+    return text / (text + asked)
+
 def _replay_rows(
     run:Run,
     stage:str, # its name
     world:int = 1, # ranks
 ) -> int: # rows of a step that are text, the same number on each rank
-    "The share that the recipe replays, in rows: at least one a rank, and never all of them"
+    "Rows whose part of the loss is next to what the recipe asks for: at least one, never all"
     n, share = rows_per_step(run.recipe, stage), run.recipe.data.replay
     if not share or not run.data.text or n < 2 * world: return 0
-    return world * min(max(round(n * share / world), 1), n // world - 1)
+    return min(range(world, n - world + 1, world),
+               key=lambda rows: abs(_replayed_share(run, stage, rows) - share))
 
 # %% ../../nbs/4_training/10_sft.ipynb #47cecfa3
 def _replayed(
@@ -124,8 +135,9 @@ def _rounded(run, stage):
     rows = _replay_rows(run, stage)
     room = f'sft.batch_tokens={4 * run.recipe.model.context} makes it four'
     if not rows: return f'replay = {share} has no effect: a step has a single row; {room}'
-    if abs(rows/n - share) < .2 * min(share, 1 - share): return ''
-    return f'replay = {share} becomes {rows/n:.0%}: {rows} of the {n} rows of a step'
+    got = _replayed_share(run, stage, rows)
+    if abs(got - share) < .2 * min(share, 1 - share): return ''
+    return f'replay = {share} becomes {got:.0%} of the loss: {rows} of the {n} rows of a step'
 
 # %% ../../nbs/4_training/10_sft.ipynb #0b63f3d6
 def _sample_text(run, most=20_000):

@@ -81,22 +81,38 @@ def _to_local(
 def _full_tensor(t): # all of it, for which all ranks have to ask
     return t.full_tensor() if hasattr(t, 'full_tensor') else t
 
-# %% ../../nbs/4_training/01_optim.ipynb #1f48dcb6
-def _spread(x, like): # x: the same whole tensor on every rank; nothing is sent
-    from torch.distributed.tensor import DTensor, Replicate
-    mesh = like.device_mesh
-    whole = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return whole.redistribute(placements=like.placements)
-
 # %% ../../nbs/4_training/01_optim.ipynb #187a4b9f
+def _shared_steps(mixed, like, dtype, mesh): # of one shape: this rank's part of each
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    mesh = mesh or like.device_mesh
+    held = getattr(like, 'placements', [Replicate()]*mesh.ndim)
+    held = [Shard(p.dim + 1) if p.is_shard() else p for p in held]  # the stack comes first
+    shape = torch.Size((len(mixed), *like.shape))
+    def spread(x, placements):
+        how = dict(run_check=False, shape=shape, stride=(shape[1:].numel(), shape[2], 1))
+        return DTensor.from_local(x, mesh, placements, **how)
+    share = [Shard(0)] * mesh.ndim
+    mine = spread(torch.stack(mixed), held).redistribute(placements=share).to_local()
+    done = _orthogonalize(mine, dtype=dtype).to(dtype) if len(mine) else mine.to(dtype)
+    whole = spread(done.contiguous(), share).redistribute(placements=held).to_local()
+    return whole.to(mine.dtype).unbind()
+
+# %% ../../nbs/4_training/01_optim.ipynb #3e3236f8
 def _orthogonal_steps(
-    mixed:list[Tensor], # matrices, plain or DTensors, on every rank in the same order
+    mixed:list[Tensor], # plain: this rank's part of each matrix
+    params:list[Tensor], # the matrices, plain or DTensors, on every rank in the same order
     dtype:torch.dtype|None=None, # of the matmuls
-) -> list[Tensor]: # plain tensors: this rank's part of each orthogonalized matrix
-    "`_orthogonalize_all` for matrices that may be spread over ranks"
-    spread = [hasattr(m, 'full_tensor') for m in mixed]
-    done = zip(_orthogonalize_all([_full_tensor(m) for m in mixed], dtype), mixed, spread)
-    return [_to_local(_spread(x, m)) if s else x for x, m, s in done]
+    mesh=None, # a `DeviceMesh` of ranks that hold the same whole matrices; none: alone, or DTensors
+) -> list[Tensor]: # this rank's part of each orthogonalized matrix
+    "`_orthogonalize_all`, the work shared by ranks"
+    alone = mesh is None and not hasattr(params[0], 'placements')
+    if alone: return _orthogonalize_all(mixed, dtype)
+    out, dtype = list(mixed), dtype or _matmul_dtype(mixed[0].device)
+    for shape in dict.fromkeys(p.shape for p in params):
+        at = [i for i, p in enumerate(params) if p.shape == shape]
+        steps = _shared_steps([mixed[i] for i in at], params[at[0]], dtype, mesh)
+        for i, x in zip(at, steps): out[i] = x
+    return out
 
 # %% ../../nbs/4_training/01_optim.ipynb #1a58a0bb
 def _mix(grads, means, momentum, skip):
@@ -117,23 +133,17 @@ def _muon_update(
     dtype:torch.dtype|None=None, # of the matmuls
     cautious:bool=True, # decay only what the step shrinks as well
     skip:Tensor|None=None, # () 1: nothing changes
+    mesh=None, # a `DeviceMesh` of ranks that make the same step
 ):
     "One step of Muon for many matrices"
     here, grads, means = ([_to_local(t) for t in ts] for ts in (params, grads, means))
     mixed = _mix(grads, means, momentum, skip)
-    steps = _orthogonal_steps([_like(x, p) for x, p in zip(mixed, params)], dtype)
+    steps = _orthogonal_steps(mixed, params, dtype, mesh)
     torch._foreach_mul_(steps, [_update_scale(p) for p in params])
     if decay:
         torch._foreach_add_(steps, _cautious_decay(here, steps) if cautious else here, alpha=decay)
     if skip is not None: torch._foreach_mul_(steps, 1 - skip)
     torch._foreach_add_(here, steps, alpha=-lr)
-
-# %% ../../nbs/4_training/01_optim.ipynb #f7992be8
-def _like(x, p): # x: this rank's part of something shaped like p
-    if not hasattr(p, 'to_local'): return x
-    from torch.distributed.tensor import DTensor
-    how = dict(run_check=False, shape=p.shape, stride=p.stride())
-    return DTensor.from_local(x, p.device_mesh, p.placements, **how)
 
 # %% ../../nbs/4_training/01_optim.ipynb #64083969
 class Muon(torch.optim.Optimizer):
@@ -145,9 +155,10 @@ class Muon(torch.optim.Optimizer):
         momentum:float=0.95, # share of the mean gradient that is kept
         dtype:torch.dtype|None=None, # of the matmuls; `_matmul_dtype` if not given
         cautious:bool=True, # decay only what the step shrinks as well
+        mesh=None, # a `DeviceMesh` of ranks that make the same steps, to share the work
     ):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.dtype, self.cautious = dtype, cautious
+        self.dtype, self.cautious, self.mesh = dtype, cautious, mesh
         self.found_inf: Tensor | None = None
         for p in (p for g in self.param_groups for p in g['params']):
             if p.ndim != 2:
@@ -164,7 +175,7 @@ class Muon(torch.optim.Optimizer):
             _muon_update(
                 params, [p.grad for p in params], [self._mean(p) for p in params],
                 group['lr'], group['momentum'], group['weight_decay'],
-                self.dtype, self.cautious, self.found_inf)
+                self.dtype, self.cautious, self.found_inf, self.mesh)
         return loss
 
     def _mean(self, p):
@@ -175,12 +186,14 @@ class Muon(torch.optim.Optimizer):
 # %% ../../nbs/4_training/01_optim.ipynb #94f3a6e9
 def _param_groups(
     model:nn.Module, # any model whose blocks sit in an `nn.ModuleList`
-) -> dict[str, list[nn.Parameter]]: # 'matrices', 'tables', 'vectors'
-    "Parameters by kind: matrices in blocks, tables (embeddings, head), vectors (norms, biases)"
-    out: dict[str, list[nn.Parameter]] = dict(matrices=[], tables=[], vectors=[])
+) -> dict[str, list[nn.Parameter]]: # 'matrices', 'embeddings', 'head', 'vectors'
+    "Parameters by kind: matrices in blocks, embeddings, an untied head, vectors (norms, biases)"
+    out: dict[str, list[nn.Parameter]] = dict(matrices=[], embeddings=[], head=[], vectors=[])
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, p in model.named_parameters():
         in_block = any(part.isdigit() for part in name.split('.'))  # blocks.3.attn.q_proj.weight
-        kind = 'vectors' if p.ndim < 2 else 'matrices' if in_block and p.ndim == 2 else 'tables'
+        kind = ('vectors' if p.ndim < 2 else 'embeddings' if id(p) in tables
+                else 'matrices' if in_block and p.ndim == 2 else 'head')
         if p.requires_grad: out[kind].append(p)
     return out
 
@@ -198,7 +211,7 @@ class OptimConfig:
     optimizer: str = 'muon'      # muon (blocks' matrices by Muon, the rest by AdamW) or adamw
     lr: float | None = 3e-3      # AdamW: peak learning rate
     muon_lr: float | None = 0.02 # Muon: peak rate, a layer's change of outputs relative to inputs
-    weight_decay: float | None = 0.01  # shrinkage of matrices and tables in units of the rate
+    weight_decay: float | None = 0.01  # shrinkage of matrices and head in units of the rate
     cautious: bool = True        # Muon: decay only the weights that the step shrinks as well
     beta1: float = 0.9           # AdamW: share of the mean gradient that is kept
     beta2: float = 0.95          # AdamW: share of the mean squared gradient that is kept
@@ -220,6 +233,13 @@ class OptimConfig:
         top = 1 / max(self.lr or 0, self.muon_lr or 0, 1e-9)
         each('weight_decay', lambda x: x <= top, f'expected at most {top:.4g}, 1 / rate')
 
+# %% ../../nbs/4_training/01_optim.ipynb #30562224
+def _copies(model):
+    "The ranks that hold whole copies of a model, as a `DeviceMesh`; none if there is one copy"
+    if not isinstance(model, nn.parallel.DistributedDataParallel): return None
+    from torch.distributed.device_mesh import DeviceMesh
+    return DeviceMesh.from_group(model.process_group, next(model.parameters()).device.type)
+
 # %% ../../nbs/4_training/01_optim.ipynb #63303115
 def make_optimizers(
     model:nn.Module, # bare, or wrapped for data-parallel training
@@ -229,14 +249,15 @@ def make_optimizers(
     check(None not in (cfg.lr, cfg.muon_lr, cfg.weight_decay),
           'lr, muon_lr or weight_decay is open; `resolve_defaults` sets them by the model')
     def group(name, lr):
-        decay = 0.0 if name == 'vectors' else cfg.weight_decay
+        decay = cfg.weight_decay if name in ('matrices', 'head') else 0.0
         return dict(params=params[name], name=name, lr=lr, peak_lr=lr, weight_decay=decay)
     params = {name: ps for name, ps in _param_groups(model).items() if ps}
     out: list[torch.optim.Optimizer] = []
     if cfg.optimizer == 'muon' and 'matrices' in params:
         exact = torch.float32 if getattr(cfg, 'dtype', None) == 'fp32' else None  # also here
         groups = [group('matrices', cfg.muon_lr)]
-        out.append(Muon(groups, momentum=cfg.momentum, dtype=exact, cautious=cfg.cautious))
+        out.append(Muon(groups, momentum=cfg.momentum, dtype=exact, cautious=cfg.cautious,
+                        mesh=_copies(model)))
         del params['matrices']
     fused = all(p.device.type in ('cpu', 'cuda', 'mps', 'xpu') for ps in params.values()
                 for p in ps)
@@ -317,3 +338,17 @@ def resolve_defaults(
     found: dict[str, Any] = dict(lr=lr, muon_lr=muon_lr, batch_tokens=batch, weight_decay=decay,
                                  warmup=_default_warmup(steps))
     return replace(cfg, **{k: v for k, v in found.items() if getattr(cfg, k, v) is None})
+
+# %% ../../nbs/4_training/01_optim.ipynb #643898df
+def _walk(
+    loss:Callable[[dict[str, float]], float], # of rates; asked again for rates that it knows
+    rates:dict[str, float], # {name: rate}, where to begin
+) -> dict[str, float]:
+    "The rates at which neither half nor double of any has a lower loss"
+    while True:
+        before = rates
+        for name in rates:
+            def at(factor): return loss({**rates, name: rates[name] * factor})
+            while (factor := min((1, 1/2, 2), key=at)) != 1:
+                rates = {**rates, name: rates[name] * factor}
+        if rates == before: return rates

@@ -6,7 +6,7 @@
 __all__ = ['launch', 'close_ranks', 'init_ranks', 'agree', 'RanksLost', 'lost_ranks', 'wrap', 'unwrap']
 
 # %% ../../nbs/4_training/05_ranks.ipynb #00f550da
-import io, math, os, re, signal, subprocess, sys, time, warnings
+import io, logging, math, os, re, signal, subprocess, sys, time, warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -256,6 +256,8 @@ def _shard(
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     # attention may return a view of its output, which is only ever added to
     warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view tensor')
+    # gloo gathers all where Muon would exchange parts; nobody can do anything about it
+    logging.getLogger('torch.distributed.tensor._collective_utils').setLevel(logging.ERROR)
     low = MixedPrecisionPolicy(DTYPES[dtype], torch.float32, cast_forward_inputs=False)
     for t in [*gpt.parameters(), *gpt.buffers()]: torch.distributed.broadcast(t.data, 0)
     for b in gpt.blocks: # attention and MLP in one exchange

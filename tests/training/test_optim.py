@@ -9,9 +9,11 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from lm_nb.core import UserError
 from lm_nb.model.gpt import GPT, GPTConfig
+from lm_nb.training import optim
 from lm_nb.training.optim import (
     Muon, OptimConfig, _default_batch_tokens, _default_lr, lr_factor, make_optimizers,
-    _orthogonalize, _orthogonalize_all, _matmul_dtype, _param_groups, set_lr, resolve_defaults)
+    _orthogonalize, _orthogonalize_all, _matmul_dtype, _param_groups, _walk, set_lr,
+    resolve_defaults)
 
 torch.set_num_threads(1)
 SHAPES = [(16, 16), (48, 16), (16, 48), (16, 16), (1, 16), (16, 1), (48, 16), (7, 5)]
@@ -173,20 +175,23 @@ def test_each_parameter_is_moved_once_and_by_the_right_one(arch, tie, optimizer)
         covered = [id(p) for _, g in groups for p in g['params']]
         assert sorted(covered) == sorted(names)
         for kind, g in groups:
-            assert g['lr'] == g['peak_lr'] and (g['weight_decay'] > 0) == (g['name'] != 'vectors')
+            assert g['lr'] == g['peak_lr']
+            assert (g['weight_decay'] > 0) == (g['name'] in ('matrices', 'head'))
             for p in g['params']:
                 matrix = p.ndim == 2 and names[id(p)].startswith('blocks.')
+                embedding = 'embed' in names[id(p)]  # with `tie` it is the head, too
                 assert (g['name'] == 'matrices') == matrix
+                assert (g['name'] == 'embeddings') == embedding
                 assert (kind == 'Muon') == (matrix and optimizer == 'muon')
 
 def test_frozen_parameters_get_no_optimizer():
     model = tiny()
     model.embed.weight.requires_grad_(False)
-    assert not _param_groups(model)['tables']
+    assert not _param_groups(model)['embeddings']
     assert all(p is not model.embed.weight for o in make_optimizers(model, OptimConfig())
                for g in o.param_groups for p in g['params'])
 
-def test_a_model_without_vectors_or_tables_needs_no_adamw():
+def test_a_model_of_matrices_needs_no_adamw():
     model = nn.Sequential(nn.Linear(4, 4, bias=False))
     assert [type(o) for o in make_optimizers(model, OptimConfig())] == [Muon]
 
@@ -200,8 +205,9 @@ def test_adamw_is_torchs():
     a = tiny(arch='gpt2')
     b = copy.deepcopy(a)
     cfg = OptimConfig(optimizer='adamw', lr=2e-3, weight_decay=0.1, beta1=0.8, beta2=0.97)
-    groups = [dict(params=[p for p in b.parameters() if (p.ndim >= 2) == two], weight_decay=0.1*two)
-              for two in (True, False)]
+    decayed = {id(p) for n, p in b.named_parameters() if p.ndim >= 2 and 'embed' not in n}
+    groups = [dict(params=[p for p in b.parameters() if (id(p) in decayed) == yes],
+                   weight_decay=0.1*yes) for yes in (True, False)]
     train(a, make_optimizers(a, cfg), range(5))
     train(b, [torch.optim.AdamW(groups, lr=2e-3, betas=(0.8, 0.97), foreach=False)], range(5))
     # key biases: no true gradient, rounding decides
@@ -220,7 +226,7 @@ def test_state_goes_through_a_file_bit_for_bit(optimizer):
     file.seek(0)
     ob = make_optimizers(b, cfg)
     for o, s in zip(ob, torch.load(file, weights_only=True)): o.load_state_dict(s)
-    assert [g['name'] for o in ob for g in o.param_groups] == ['matrices', 'tables', 'vectors']
+    assert [g['name'] for o in ob for g in o.param_groups] == ['matrices', 'embeddings', 'vectors']
     assert same(train(a, oa, range(3, 6)), train(b, ob, range(3, 6)))
     c = tiny()
     c.load_state_dict(b.state_dict())
@@ -290,6 +296,56 @@ def test_ranks_stay_equal_and_equal_one_process(tmp_path):
         assert all(torch.equal(a[k], b[k]) for k in a)
         for k, v in alone.state_dict().items():
             assert (a[k] - v).norm() < 0.05 * (v - start[k]).norm() + 1e-5, (kind, k)
+
+def _five_steps(params, muon):
+    "The same gradients on every rank"
+    for s in range(5):
+        for i, p in enumerate(params):
+            g = rand(*p.shape, seed=100*s + i)
+            if hasattr(p, 'placements'):
+                from torch.distributed.tensor import distribute_tensor
+                g = distribute_tensor(g, p.device_mesh, p.placements)
+            p.grad = g
+        muon.step()
+
+def _muon_rank(rank, folder):
+    from torch.distributed.fsdp import fully_shard
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/meeting',
+                                         rank=rank, world_size=2)
+    alone, done = optim._orthogonalize, []
+    def counted(G, *args, **kw):
+        done.append(len(G))
+        return alone(G, *args, **kw)
+    optim._orthogonalize = counted
+    for kind in ('ddp', 'fsdp'):
+        torch.manual_seed(0)
+        model = tiny(d_ff=33)
+        wrapped = nn.parallel.DistributedDataParallel(model) if kind == 'ddp' else model
+        if kind == 'fsdp': fully_shard([*model.blocks])
+        muon = make_optimizers(wrapped, Exact())[0]
+        params = muon.param_groups[0]['params']
+        done.clear()
+        _five_steps(params, muon)
+        whole = [p.full_tensor() if kind == 'fsdp' else p.detach() for p in params]
+        torch.save((sum(done) / 5 / len(params), whole), f'{folder}/{kind}{rank}.pt')
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)
+
+def test_ranks_share_the_orthogonalizing(tmp_path):
+    "Each works out some of the matrices, all hold what one process would"
+    mp.spawn(_muon_rank, (str(tmp_path),), nprocs=2)
+    torch.manual_seed(0)
+    muon = make_optimizers(tiny(d_ff=33), Exact())[0]
+    params = muon.param_groups[0]['params']
+    _five_steps(params, muon)
+    for kind in ('ddp', 'fsdp'):
+        (x, a), (y, b) = (torch.load(tmp_path/f'{kind}{r}.pt', weights_only=True) for r in range(2))
+        assert abs(x + y - 1) < 1e-9 and max(x, y) < .7, (kind, x, y)
+        assert all(map(torch.equal, a, b))
+        assert max((p - q).abs().max().item() for p, q in zip(a, params)) < 1e-6
+
 
 def test_what_a_recipe_leaves_open_is_filled_in():
     shape, left = GPTConfig(), dict(lr=None, muon_lr=None, weight_decay=None, warmup=None)
@@ -367,3 +423,15 @@ def test_products_are_bf16_only_where_the_hardware_has_it(monkeypatch):
         monkeypatch.setattr('lm_nb.training.optim.pick_dtype', lambda device, name=name: name)
         assert _matmul_dtype(cpu) == dtype
     assert [X.dtype for X in _orthogonalize_all([rand(4, 4)], torch.bfloat16)] == [torch.float32]
+
+@given(st.floats(-8, 8), st.floats(-8, 8), st.integers(-6, 6), st.integers(-6, 6))
+def test_the_walk_ends_where_no_neighbour_is_better(a, b, start_a, start_b):
+    "A bowl with its bottom anywhere, from anywhere on the grid"
+    asked = {}
+    def loss(rates):
+        x, y = math.log2(rates['lr']) - a, math.log2(rates['muon_lr']) - b
+        return asked.setdefault(tuple(rates.values()), x*x + y*y + x*y)
+    found = _walk(loss, dict(lr=2.**start_a, muon_lr=2.**start_b))
+    for name in found:
+        for factor in (1/2, 2):  # both sides were tried, and are no better
+            assert asked[tuple({**found, name: found[name]*factor}.values())] >= loss(found)

@@ -8,10 +8,11 @@ import pytest, torch, yaml
 from hypothesis import given, settings, strategies as st
 
 import rank_work, soak
+from batch_tools import assert_same
 from lm_nb.training.cluster import RemoteShards, kubernetes_job, slurm_script, _unpermute, when_read
 from lm_nb.core import UserError
 from lm_nb.training.ranks import launch
-from lm_nb.data.order import Order, splitmix64, permute
+from lm_nb.data.order import Order, PretrainBatches, splitmix64, permute
 from lm_nb.data.shards import Shards, write_token_shards
 from lm_nb.data.tokenizer import Tokenizer
 from lm_nb.training.monitor import read_log
@@ -300,6 +301,8 @@ def test_two_readers_share_a_cache_and_a_cut_fetch_leaves_nothing(tmp_path):
         want = near.tokens(int(at), int(at) + 300)
         for far in a, b: assert np.array_equal(far.tokens(int(at), int(at) + 300), want)
         assert len(list((tmp_path/'cache').glob('*.bin'))) <= 2
+    assert_same(*(PretrainBatches(s, 40, rows=4)(7)[0] for s in (near, a)))
+    assert (near.pad, near.bos, near.eos) == (a.pad, a.bos, a.eos)
     for p in (tmp_path/'cache').glob('*.bin'): p.unlink()
     path = tmp_path/'far'/names[0]
     path.write_bytes(path.read_bytes()[:-10])

@@ -17,7 +17,7 @@ import torch
 
 from ..core import check, Table
 from ..model.estimate import quiet_stderr, step_bytes, step_flops
-from ..training.monitor import matmul_peak
+from ..training.monitor import matmul_peak, utilisation
 from ..training.recipe import Recipe
 from .plan import StepTimer, describe_machine, format_seconds, pick_stage, synchronizer
 
@@ -129,7 +129,9 @@ def profile_recipe(
     ops, device, dtype = _record_operators(timer, steps, path), timer.device, timer.dtype
     flops = sum(step_flops(cfg, timer.tokens, settings.optimizer).values())
     moved = step_bytes(cfg, timer.rows, settings.optimizer, dtype, device.type, timer.micros)
-    floors = dict(arithmetic=flops/matmul_peak(device, dtype), bytes=moved/_bandwidth(device))
+    matmul_peak(device, dtype)
+    arithmetic = seconds*utilisation(flops/seconds, device, dtype)  # a floor is below the step
+    floors = dict(arithmetic=arithmetic, bytes=moved/_bandwidth(device))
     return _Profile(recipe.name, seconds, ops, floors, describe_machine(device, dtype), str(path))
 
 # %% ../../nbs/7_bench/06_profiling.ipynb #2eccb34b

@@ -10,8 +10,8 @@ import pytest
 
 import lm_nb.bench.measure as bench
 from lm_nb.bench.measure import (
-    BENCHMARKS, Line, Measure, _Result, load_benchmarks, paired, peak_rss, plot_goals,
-    run_benchmarks, summary_table)
+    BENCHMARKS, Line, Measure, Result, in_turn, load_benchmarks, paired, peak_rss, plot_goals,
+    read_result, run_benchmarks, summary_table)
 from lm_nb.core import Table, UserError
 
 load_benchmarks()
@@ -62,9 +62,50 @@ def test_the_device_is_waited_for_before_each_reading_of_the_clock():
     assert ''.join(seen) == 'ab' + ''.join(f'|t{side}|t' for side in 'abba')
 
 
+@pytest.mark.parametrize('pace', [lambda t: 1., lambda t: 1 + t/100], ids=['even', 'slowing'])
+def test_many_sides_go_there_and_back_and_each_pair_has_its_ratio(pace):
+    clock, order = Clock(pace), []
+    def side(name, seconds):
+        def work():
+            order.append(name)
+            clock.work(seconds)
+            return name
+        return work
+    truth = dict(zip('abcd', (1., 2., .5, 4.)))
+    found = in_turn({n: side(n, s) for n, s in truth.items()}, rounds=7, clock=clock)
+    assert ''.join(order) == 'abcd' + 7*'abcddcba'
+    for a, b in (('a', 'b'), ('d', 'c'), ('b', 'd')):
+        ratio = found.ratio(a, b)
+        assert ratio.median == pytest.approx(truth[b]/truth[a], rel=.02)
+        low, high = ratio.interval
+        assert low <= ratio.median <= high
+    assert found.fastest('abd') == 'a' and found.fastest('abcd') == 'c'
+    with pytest.raises(UserError, match='b gave a different result than a'):
+        in_turn({n: side(n, 1.) for n in 'ab'}, same=str.__eq__)
+
+
+@pytest.mark.parametrize('n, ends', [(1, None), (5, None), (6, (0, 5)), (8, (0, 7)), (9, (1, 7)),
+                                     (20, (5, 14))])
+def test_the_interval_of_a_median_counts_from_both_ends(n, ends):
+    values = tuple(np.random.default_rng(0).permutation(n).tolist())
+    assert Measure(values).interval == ends
+    told = str(Line('x', Measure(values, 's')))
+    assert (ends is None) == (' to ' not in told)
+
+
+def test_what_was_saved_is_read_back(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, 'BENCHMARKS', two_benchmarks())
+    results = run_benchmarks(log=None, save=str(tmp_path), n=7)
+    for result in results:
+        again = read_result(tmp_path/f'{result.name}.json')
+        assert (again, str(again)) == (result, str(result))
+    assert results[1].options == {'n': 7} and results[1]['y'].median == 7
+    assert {'commit', 'lm_nb', 'torch', 'dtype', 'date'} <= results[0].where.keys()
+
+
 def test_wrong_answers_are_not_timed():
     calls = []
-    with pytest.raises(UserError, match='different results'):
+    with pytest.raises(UserError, match='a different result'):
         paired(lambda: calls.append(1) or 1, lambda: calls.append(1) or 2, same=lambda x, y: x == y)
     assert len(calls) == 2
 
@@ -142,15 +183,15 @@ def test_results_can_be_kept(monkeypatch):
     kept = json.loads(json.dumps([asdict(r) for r in results]))
     assert kept[0]['lines'][0][1]['values'] == [1., 2.]
     assert {'name', 'torch', 'date', 'dtype', 'versions'} <= kept[0]['where'].keys()
-    assert {tuple(k) for k in kept} == {('name', 'about', 'lines', 'where', 'seconds')}
+    assert {tuple(k) for k in kept} == {('name', 'about', 'lines', 'where', 'seconds', 'options')}
 
 
 def test_a_result_is_a_table_with_its_origin(monkeypatch):
     monkeypatch.setattr(bench, 'BENCHMARKS', two_benchmarks())
     results = run_benchmarks(log=None)
-    assert all(isinstance(r, _Result) and isinstance(r, Table) for r in results)
+    assert all(isinstance(r, Result) and isinstance(r, Table) for r in results)
     one = results[0]
-    assert one.rows == [['x', '1.5 s', '2.00 noisy', '≤ 3 met']]
+    assert one.rows == [['x', '1.5 s', '', '2.00 noisy', '≤ 3 met']]
     assert str(one).splitlines()[0] == 'A line' and str(one).splitlines()[-1] == one.place
     assert one._repr_markdown_().startswith('A line\n\n| one | median |')
     both = summary_table(results)
@@ -162,5 +203,5 @@ def test_a_result_is_a_table_with_its_origin(monkeypatch):
 
 def test_where_says_what_was_not_recorded():
     old = dict(name='p', cpu_cores=2, device='cpu', torch='2', python='3', date='2030-01-01')
-    assert 'dtype not recorded' in _Result('x', 'y', [], old).place
-    assert 'dtype' not in _Result('x', 'y', [], dict(old, dtype='bf16')).place
+    assert 'dtype not recorded' in Result('x', 'y', [], old).place
+    assert 'dtype' not in Result('x', 'y', [], dict(old, dtype='bf16')).place

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import lm_nb.bench.profiling as profiling
+import lm_nb.training.monitor as monitor
 from lm_nb.bench.profiling import _KINDS, _Profile, _kind_of, plot_kinds, profile_recipe
 from lm_nb.core import UserError
 from lm_nb.training.recipe import load_recipe
@@ -33,6 +35,14 @@ def test_a_profile_names_what_a_step_calls(tmp_path):
     assert set(found.floors) == {'arithmetic', 'bytes'}
     assert all(0 < s < math.inf for s in found.floors.values())
     assert 'perfetto' in str(found) and len(found.kinds) >= 5
+
+
+def test_the_floor_of_arithmetic_is_never_above_the_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(profiling, 'matmul_peak', lambda device, dtype: 1.)
+    monkeypatch.setattr(monitor, '_SEEN', {('cpu', 'fp32', 1): 1.})  # far too low a peak
+    found = profile_recipe(load_recipe('micro', TINY.split()), tmp_path, steps=1)
+    assert found.floors['arithmetic'] == pytest.approx(found.seconds)
+    assert '(100 % of it)' in str(found)
 
 
 def test_a_stage_is_profiled_by_its_name(tmp_path):

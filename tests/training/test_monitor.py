@@ -6,6 +6,7 @@ import pytest, torch
 from test_loop import cfg, small, uneven
 
 import lm_nb
+import lm_nb.training.monitor as monitor
 from lm_nb.core import UserError, read_json
 from lm_nb.model.estimate import flops_per_token
 from lm_nb.training.loop import Ranks, Runtime, Step, training_steps
@@ -49,9 +50,16 @@ def test_skipped_steps_and_steps_without_targets_do_not_count():
     assert point['loss'] == 4. and point['empty_steps'] == 1
 
 
+def peak_is(monkeypatch, rate):
+    "All that has been measured of this machine is one matmul"
+    key = 'cpu', 'fp32', torch.get_num_threads()
+    monkeypatch.setattr('lm_nb.training.monitor._SEEN', {key: rate}, raising=False)
+    monkeypatch.setattr('lm_nb.training.monitor.matmul_peak', lambda device, dtype: rate)
+
+
 def test_speed_counts_positions_per_second_without_pauses(monkeypatch):
     now = [100.]
-    monkeypatch.setattr('lm_nb.training.monitor.matmul_peak', lambda device, dtype: 1e9)
+    peak_is(monkeypatch, 1e9)
     monkeypatch.setattr('lm_nb.training.monitor.time.perf_counter', lambda: now[0])
     gpt = small()
     meter = Meter(gpt, cfg(4), Runtime(ranks=Ranks(world=2)))
@@ -61,6 +69,35 @@ def test_speed_counts_positions_per_second_without_pauses(monkeypatch):
     point = meter.read(step(2))
     assert point['tokens_per_s'] == pytest.approx(96)
     assert point['mfu'] == pytest.approx(96 * flops_per_token(gpt.cfg, 16) / 2e9)
+    assert point['peak_tflops'] == pytest.approx(1e-3)
+
+
+def test_a_utilisation_is_never_above_one_and_a_peak_that_was_too_low_is_told(monkeypatch, capfd):
+    now = [100.]
+    peak_is(monkeypatch, 1e6)
+    monkeypatch.setattr('lm_nb.training.monitor.time.perf_counter', lambda: now[0])
+    meter = Meter(small(), cfg(4), Runtime())
+    def point(seconds):
+        meter.add(step(1))
+        now[0] += seconds
+        return meter.read(step(1))
+    fast, slow = point(.01), point(.02)
+    assert fast['mfu'] == 1 and slow['mfu'] == pytest.approx(.5), 'measured by what is known now'
+    assert fast['peak_tflops'] == slow['peak_tflops'] > 1e-6
+    assert capfd.readouterr().err.count('taken for the peak') == 1
+    meter = Meter(small(), cfg(4), Runtime())
+    assert point(.02)['mfu'] == pytest.approx(.5), 'and so it is for the rest of the process'
+
+
+def test_the_best_of_several_measurements_counts(monkeypatch):
+    rates = iter([1., 5., 2., *[3.]*6])
+    monkeypatch.setattr(monitor, '_SEEN', {})
+    monkeypatch.setattr(monitor, '_matmul_rate', lambda *args: next(rates))
+    cpu = torch.device('cpu')
+    assert monitor.matmul_peak(cpu, 'fp32') == 5 and next(rates, None) is None
+    monkeypatch.setattr(monitor, '_matmul_rate', lambda *args: 4.)
+    assert monitor.matmul_peak(cpu, 'fp32') == 5, 'a busy moment does not lower it'
+    assert monitor.matmul_peak(cpu, 'bf16') == 4
 
 
 PEAK = '''

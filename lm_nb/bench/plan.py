@@ -7,11 +7,12 @@ __all__ = ['pick_stage', 'random_batch', 'synchronizer', 'StepTimer', 'format_nu
            'plan_run', 'plot_plan']
 
 # %% ../../nbs/7_bench/01_plan.ipynb #460f71c8
-import math, time
+import math, re, time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -51,6 +52,9 @@ def _split_rows(
     micro = min(rows, stage.micro_rows or rows)
     return rows, micro, math.ceil(rows/micro)
 
+# %% ../../nbs/7_bench/01_plan.ipynb #7a8cb8cc
+_AROUND = 3.  # seconds of a stage before its first step and after its last
+
 # %% ../../nbs/7_bench/01_plan.ipynb #c61b4241
 @dataclass
 class _StagePlan:
@@ -66,9 +70,16 @@ class _StagePlan:
     most_rows: int      # the largest micro-batch that fits
     step_seconds: float = math.nan  # measured
     start_seconds: float = 0.       # before the first step: compiling
+    validations: float = 0.         # positions that are read to measure, all times together
+    process: float = math.nan       # bytes of the whole process, measured
 
     @property
-    def seconds(self) -> float: return self.start_seconds + self.steps*self.step_seconds
+    def seconds(self) -> float:
+        return self.start_seconds + self.steps*self.step_seconds + self.besides
+    @property
+    def besides(self) -> float: # seconds that are not steps: forward passes, beginning and end
+        read = self.validations/(self.tokens/self.steps)
+        return _AROUND + read*self.step_seconds/3
     @property
     def fits(self) -> bool: return self.rows <= self.most_rows
 
@@ -81,6 +92,7 @@ def _plan_stage(
     dtype:str, # of matmuls
     room:float, # bytes of memory that may be used
     ranks:int=1, # processes that train together
+    held:float=0., # share of the tokens that is held out
 ) -> _StagePlan:
     "The arithmetic of a stage: everything but its time"
     rows, micro, micros = _split_rows(stage, cfg.context, ranks)
@@ -91,8 +103,9 @@ def _plan_stage(
     most = largest_rows(cfg, room, **how)
     # fewer rows mean more micro-batches, and then gradients have to wait for each other
     if most < micro: most = largest_rows(cfg, room, **how | dict(micros=2))
+    times = 1 + (stage.steps - 1)//(stage.eval_every or stage.steps)
     return _StagePlan(name, stage.tokens, stage.steps, rows, micro, micros, flops,
-                     memory(cfg, micro, **how), most)
+                     memory(cfg, micro, **how), most, validations=times*held*stage.tokens)
 
 # %% ../../nbs/7_bench/01_plan.ipynb #a8ec7028
 def random_batch(
@@ -170,14 +183,14 @@ class StepTimer:
         return time.perf_counter() - start
 
 # %% ../../nbs/7_bench/01_plan.ipynb #616a82d3
-def _median_step(
+def _mean_step(
     timer:StepTimer,
     budget:float=3., # seconds
-) -> tuple[float, float]: # (median seconds of a step, seconds that the first took longer)
+) -> tuple[float, float]: # (mean seconds of a step, seconds that the first took longer)
     "How long a step takes, after a first that warms up"
     first, times = timer.seconds(), list[float]()
     while not times or (sum(times) < budget and len(times) < 200): times.append(timer.seconds())
-    return median(times), max(0., first - median(times))
+    return fmean(times), max(0., first - fmean(times))
 
 # %% ../../nbs/7_bench/01_plan.ipynb #17de4f29
 def _affordable_rows(
@@ -194,20 +207,29 @@ def _affordable_rows(
         n = min(rows, n*max(2, int(budget/8/seconds)))
     return min(n, rows)
 
+# %% ../../nbs/7_bench/01_plan.ipynb #d6690dc4
+def _resident() -> float: # bytes; nan where the system does not say
+    "What this process holds in memory now"
+    status = Path('/proc/self/status')
+    found = re.search(r'VmRSS:\s*(\d+)', status.read_text()) if status.exists() else None
+    return 1024.*int(found[1]) if found else math.nan
+
 # %% ../../nbs/7_bench/01_plan.ipynb #ea6d92fa
 def _measure_stage(
     plan:_StagePlan, # its arithmetic
     make:Callable[[int, int], StepTimer], # (rows of a micro-batch, micro-batches) -> timer
     device:torch.device,
     budget:float=3., # seconds for each of two measurements
+    base:float=math.nan, # bytes that the process held before
 ) -> _StagePlan: # with its time
     "The plan of a stage, with the time that steps take on this device"
     most = min(plan.rows, plan.most_rows)
     n = most if device.type == 'cuda' else _affordable_rows(make, most, budget)
-    one, start = _median_step(make(n, 1), budget)
+    one, start = _mean_step(make(n, 1), budget)
+    if device.type == 'cpu': plan.process = base + (_resident() - base)*plan.rows/n
     if plan.micros == 1 and n == plan.rows:
         return replace(plan, step_seconds=one, start_seconds=start)
-    two, _ = _median_step(make(n, 2), budget)
+    two, _ = _mean_step(make(n, 2), budget)
     m = max(two - one, .05*one)  # noise must not make it negative
     return replace(plan, step_seconds=max(one - m, 0) + m*plan.all_rows/n, start_seconds=start)
 
@@ -245,9 +267,11 @@ _PLAN_ROWS: dict[str, Callable[[_StagePlan], str]] = {
     'FLOPs': lambda s: f'{s.flops:.3g}',
     'memory of a step': lambda s: format_bytes(s.memory.total),
     **{f'… {part}': _size_of(part) for part in Memory.__annotations__},
+    'the process': lambda s: '?' if math.isnan(s.process) else format_bytes(s.process),
     'a step': lambda s: format_seconds(s.step_seconds),
     'tokens/s': lambda s: '?' if math.isnan(s.step_seconds)
                 else f'{s.tokens/s.steps/s.step_seconds:,.0f}',
+    'besides steps': lambda s: format_seconds(s.besides),
     'the stage': lambda s: format_seconds(s.seconds),
 }
 
@@ -295,6 +319,17 @@ def describe_machine(
     threads = f', {n} thread{"s"*(n > 1)}' if device.type == 'cpu' else ''
     return f"{on['name']}, {dtype}{threads}; {on['date']}"
 
+# %% ../../nbs/7_bench/01_plan.ipynb #1e30a777
+def _kind_of_step(s): return s.all_rows, s.rows, s.micros, s.memory, s.flops/s.steps
+
+def _as_measured(plan, others):
+    "The plan with the figures of a stage that takes the same kind of step; None if there is none"
+    for o in others:
+        if _kind_of_step(o) == _kind_of_step(plan):
+            return replace(plan, step_seconds=o.step_seconds, start_seconds=o.start_seconds,
+                           process=o.process)
+    return None
+
 # %% ../../nbs/7_bench/01_plan.ipynb #3829d846
 def plan_run(
     recipe:Recipe,
@@ -308,12 +343,15 @@ def plan_run(
     cfg, first = recipe.model, pick_stage(recipe)
     device = device or pick_device(first.device)
     dtype, room = dtype or pick_dtype(device, first.dtype), room or available_memory(device)
-    found = []
+    found: list[_StagePlan] = []
+    base = _resident()
     for name, stage in recipe.stage_configs().items():
-        found.append(_plan_stage(name, stage, cfg, device, dtype, room, ranks))
-        make = partial(StepTimer, cfg, stage, recipe.data.doc_mask, device)
-        if budget and found[-1].most_rows:
-            found[-1] = _measure_stage(found[-1], make, device, budget)
+        held = recipe.data.valid_share
+        plan = _plan_stage(name, stage, cfg, device, dtype, room, ranks, held)
+        if budget and plan.most_rows:
+            make = partial(StepTimer, cfg, stage, recipe.data.doc_mask, device)
+            plan = _as_measured(plan, found) or _measure_stage(plan, make, device, budget, base)
+        found.append(plan)
     return _Plan(recipe.name, parameter_counts(cfg), found, room, describe_machine(device, dtype))
 
 # %% ../../nbs/7_bench/01_plan.ipynb #74357721

@@ -7,37 +7,36 @@ __all__ = []
 
 # %% ../../nbs/7_bench/04_speed.ipynb #775959fc
 import importlib.util, math, os, tempfile, time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ..core import check, pick_device, pick_dtype
-from ..data.microworld import articles, instruction_records, make_world
+from ..core import pick_device, pick_dtype
+from ..data.microworld import instruction_records, make_world
 from ..data.tokenizer import Tokenizer
-from ..data.shards import IGNORE, Batch, Shards, write_token_shards
-from ..data.order import PretrainBatches, eval_batches
+from ..data.shards import IGNORE, Batch
 from ..data.instructions import encode_examples, read_instructions, to_example
 from ..data.packing import SFTBatches
-from ..model.gpt import GPT, GPTConfig
-from ..model.fused import chunked_nll, reference_ops
+from ..model.gpt import GPT, GPTConfig, ops, repeat_kv
+from ..model.fused import KVCache, chunked_nll, reference_ops
 from ..model.hub import to_transformers
 from ..model.estimate import flops_per_token, peak_allocated
 from ..inference.sampling import generate
-from ..inference.evaluate import heldout
-from ..training.optim import make_optimizers
-from ..training.loop import Runtime, TrainConfig, training_steps
-from ..training.monitor import matmul_peak
+from ..training.loop import Runtime, TrainConfig
+from ..training.monitor import datasheet_peak, matmul_peak, utilisation
 from ..training.recipe import Recipe, load_recipe
 from ..training.run import Run
-from ..training.stage import run_stage
+from ..training.stage import prepare_stages, run_stage
 from .plan import StepTimer, pick_stage, plan_run, synchronizer
-from .measure import Line, Measure, Paired, benchmark, paired, peak_rss
+from .measure import Line, Measure, Turns, benchmark, in_turn, paired, peak_rss
 
 # %% ../../nbs/7_bench/04_speed.ipynb #bf5503e9
 def _mean_loss(
@@ -48,26 +47,60 @@ def _mean_loss(
     logits = model(batch.x, doc=batch.doc).flatten(0, 1).float()
     return F.cross_entropy(logits, batch.y.flatten(), ignore_index=IGNORE)
 
+# %% ../../nbs/7_bench/04_speed.ipynb #5bc5dd67
+def _eager_attention(q, k, v, mask=None, dropout=0.): # as `Ops.attention`
+    "Attention as two matmuls with a softmax between them"
+    if mask is None: mask = torch.ones(q.shape[2], k.shape[2], device=q.device).tril().bool()
+    k, v = (repeat_kv(x, q.shape[1]) for x in (k, v))
+    scores = (q @ k.mT*q.shape[-1]**-.5).masked_fill(~mask, -math.inf)
+    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
 # %% ../../nbs/7_bench/04_speed.ipynb #f61765d5
+_ATTENTION = 'sdpa', 'eager'  # implementations that are tried
+
 def _plain_loop(
     model:torch.nn.Module, # ids -> logits
     batch:Batch,
     dtype:str='fp32', # of matmuls
     loss:Callable=_mean_loss, # (model, batch) -> mean loss
+    attention:str='sdpa', # or eager, if it is a model of ours
 ) -> Callable[[], torch.Tensor]:
     "A function that takes one step of the loop that everybody writes, and returns its loss"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     runtime = Runtime(next(model.parameters()).device, dtype)
     batch = runtime.to_device(batch)
     def step():
         optimizer.zero_grad()
         with reference_ops():
+            if attention == 'eager': ops.attention = _eager_attention
             with runtime.autocast(): value = loss(model, batch)
             value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         return value.detach()
     return step
+
+# %% ../../nbs/7_bench/04_speed.ipynb #722fb011
+def _their_model(
+    gpt:GPT, # the model whose weights it gets
+    attention:str='sdpa', # or eager
+) -> Any: # the transformers library's model
+    "The model as the transformers library computes it"
+    os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
+    from transformers import AutoConfig, AutoModelForCausalLM
+    config, state = to_transformers(gpt)
+    how:dict = dict(attn_implementation=attention, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), **how)
+    theirs.load_state_dict(state, strict=False)
+    return theirs.to(next(gpt.parameters()).device)
+
+# %% ../../nbs/7_bench/04_speed.ipynb #d887f9fc
+def _has_transformers(): return importlib.util.find_spec('transformers') is not None
+
+def _their_loss(model, batch):
+    "Cross-entropy of all logits of a model of the transformers library"
+    logits = model(batch.x, use_cache=False).logits.flatten(0, 1).float()
+    return F.cross_entropy(logits, batch.y.flatten())
 
 # %% ../../nbs/7_bench/04_speed.ipynb #a2b81aa0
 def _same_loss(
@@ -77,22 +110,32 @@ def _same_loss(
     "Whether two first losses are those of one model, computed in two dtypes"
     return abs(float(a) - float(b)) < .02*abs(float(b))
 
-# %% ../../nbs/7_bench/04_speed.ipynb #00053183
-def _timer(recipe:Recipe) -> StepTimer:
-    "Steps of a recipe's first stage, of one micro-batch each"
-    return StepTimer(recipe.model, pick_stage(recipe), recipe.data.doc_mask, micros=1)
-
 # %% ../../nbs/7_bench/04_speed.ipynb #43412692
-def _both_sides(
+def _our_step(
     recipe:Recipe,
-    dtype:str='fp32', # of the plain loop
-) -> tuple[Callable, Callable, StepTimer]: # (our step, the plain one, ours); a step gives its loss
-    "A training step of a recipe, ours and the plain one, from equal weights on equal rows"
-    torch.manual_seed(0)
-    ours = _timer(recipe)
-    twin = GPT(recipe.model).to(ours.device).train()
-    twin.load_state_dict(ours.gpt.state_dict())
-    return ours.loss, _plain_loop(twin, ours.batches(0)[0], dtype), ours
+    gpt:GPT, # the model whose weights it starts from
+    **settings, # of the stage, in place of the recipe's
+) -> StepTimer:
+    "Our training step: one micro-batch, eager"
+    stage = replace(pick_stage(recipe), **dict(compile=False) | settings)
+    timer = StepTimer(gpt.cfg, stage, recipe.data.doc_mask, micros=1)
+    timer.gpt.load_state_dict(gpt.state_dict())
+    return timer
+
+# %% ../../nbs/7_bench/04_speed.ipynb #ac310839
+def _equal_sides(
+    recipe:Recipe,
+    dtype:str, # of matmuls, on all sides
+    gpt:GPT, # the model whose weights they start from
+) -> dict[str, Callable]: # {name: takes a step and gives its loss}
+    "Training steps with AdamW: ours, the plain loop, and the transformers library's model in it"
+    ours = _our_step(recipe, gpt, dtype=dtype, optimizer='adamw')
+    batch, model = ours.batches(0)[0], gpt.to(ours.device)
+    def plain(a): return _plain_loop(deepcopy(model), batch, dtype, attention=a)
+    def theirs(a): return _plain_loop(_their_model(model, a), batch, dtype, _their_loss)
+    others = {'plain loop': plain} | ({'transformers': theirs} if _has_transformers() else {})
+    return {f'ours, {dtype}': ours.loss} | {
+        f'{name} {a}, {dtype}': make(a) for name, make in others.items() for a in _ATTENTION}
 
 # %% ../../nbs/7_bench/04_speed.ipynb #fae018ef
 @contextmanager
@@ -129,54 +172,87 @@ def _where(
     "Where a loop ran, for a line of the table"
     return f'{threads} thread{"s"*(threads > 1)}' if device.type == 'cpu' else device.type
 
-# %% ../../nbs/7_bench/04_speed.ipynb #51990a7b
-def _rates(
-    pair:Paired,
-    tokens:int, # of a turn
-    at:str, # where, from `_where`
-    names:tuple[str, str], # of both sides
-    goal:str='', # for the ratio
-) -> list[Line]:
-    "What a pair of loops says: tokens per second of both sides, and their ratio"
-    both = [Line(f'{at}: {name}', m.map(lambda s: tokens/s, 'tokens/s'))
-            for name, m in zip(names, pair)]
-    ours, theirs = (name.split(',')[0] for name in names)
-    return [*both, Line(f'{at}: {ours} against {theirs}', pair.ratio, goal)]
-
 # %% ../../nbs/7_bench/04_speed.ipynb #6bb43002
-def _against_plain(
+def _best_side(
+    turns:Turns,
+    name:str, # ours, plain loop or transformers
+    dtype:str='', # in this dtype; in any if empty
+) -> str|None: # None if it took no part
+    "The fastest of one's sides"
+    own = [side for side in turns if side.startswith(name) and side.endswith(dtype)]
+    return turns.fastest(own) if own else None
+
+# %% ../../nbs/7_bench/04_speed.ipynb #84d10c81
+def _compared(
+    turns:Turns,
+    where:str, # how a line begins
+    tokens:int, # of a turn
+    dtype:str='', # on all sides; empty: the best of each
+    goal:str='', # of each ratio
+) -> Iterator[Line]:
+    "How fast the sides are in one dtype, and how many times as fast as the others ours is"
+    names = 'ours', 'plain loop', 'transformers'
+    found = {name: _best_side(turns, name, dtype) for name in names}
+    best = {name: side for name, side in found.items() if side}
+    for side in best.values() if dtype else ():
+        what = f'{where}: {side.removesuffix(", " + dtype)}'
+        yield Line(what, turns[side].map(lambda s: tokens/s, 'tokens/s'))
+    for name in [*best][1:]:
+        yield Line(f'{where}: ours against {name}', turns.ratio(best['ours'], best[name]), goal)
+
+# %% ../../nbs/7_bench/04_speed.ipynb #1148617a
+def _utilised(
+    got:Measure, # seconds in which so many FLOPs were done
+    flops:float,
+    timer:StepTimer, # of the step
+    where:str, # how a line begins
+) -> Iterator[Line]:
+    "Utilisation, the peak that it is a share of, and on a GPU that of the data sheet"
+    device, dtype, rate = timer.device, timer.dtype, got.map(lambda s: flops/s)
+    matmuls = matmul_peak(device, dtype)
+    peak = max(rate.values)/utilisation(max(rate.values), device, dtype)
+    of = 'matmul peak' if peak == matmuls else 'peak: that of the step, above all matmuls'
+    yield Line(f'{where}: utilisation', rate.map(lambda r: 100*r/peak, '%'))
+    yield Line(f'{where}: {of}', Measure((peak/1e9,), 'GFLOP/s'))
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
+    if sheet := datasheet_peak(name, dtype):
+        yield Line(f'{where}: utilisation by the data sheet', rate.map(lambda r: 100*r/sheet, '%'))
+
+# %% ../../nbs/7_bench/04_speed.ipynb #246d8a68
+def _train_in_turn(
     recipe:Recipe,
+    dtypes:list[str], # of the comparisons, the device's best last
     threads:int,
     times:int, # steps of a turn
     rounds:int,
-    dtype:str='fp32', # of the plain loop
-) -> list[Line]:
+) -> Iterator[Line]:
     "The lines of the benchmark `training` for a number of threads"
-    with _using_threads(threads):
-        ours, plain, timer = _both_sides(recipe, dtype)
-        pair = paired(partial(_take_steps, ours, times), partial(_take_steps, plain, times),
-                      rounds, same=_same_loss, wait=timer.wait)
-        peak, at = matmul_peak(timer.device, timer.dtype), _where(timer.device, threads)
-    goal = '≥ 1.5' if dtype != 'fp32' else '≥ 2' if timer.dtype != 'fp32' else '≥ 1'
-    names = f'ours, {timer.dtype}', f'plain loop in {dtype}'
-    found = _rates(pair, times*timer.tokens, at, names, goal)
-    if dtype != 'fp32': return found[1:]  # ours has its line already
-    flops = times*timer.tokens*flops_per_token(recipe.model, recipe.model.context)
-    steps = pair.a.map(lambda s: times/s, 'steps/s')
-    return [*found, Line(f'{at}: steps of {timer.tokens:,} tokens', steps),
-            Line(f'{at}: MFU', pair.a.map(lambda s: 100*flops/s/peak, '%')),
-            Line(f'{at}: measured matmul peak, {timer.dtype}', Measure((peak/1e9,), 'GFLOP/s'))]
+    torch.manual_seed(0)
+    gpt, at = GPT(replace(recipe.model, zero_init=False)), _where(pick_device(), threads)
+    own = _our_step(recipe, gpt, dtype=dtypes[-1])
+    sides = {'the recipe': own.loss}
+    for dtype in dtypes: sides |= _equal_sides(recipe, dtype, gpt)
+    n, optimizer = times*own.tokens, pick_stage(recipe).optimizer
+    turns = in_turn({name: partial(_take_steps, step, times) for name, step in sides.items()},
+                    rounds, _same_loss, own.wait)
+    for d in dtypes:
+        yield from _compared(turns, f'{at}, {d}', n, d, '≥ 1')
+    if dtypes[1:]: yield from _compared(turns, f'{at}, best dtype of each', n, '', '≥ 1')
+    where, got = f'{at}, {dtypes[-1]}, {optimizer}', turns['the recipe']
+    yield Line(f'{where}: ours', got.map(lambda s: n/s, 'tokens/s'))
+    yield from _utilised(got, n*flops_per_token(recipe.model, recipe.model.context), own, where)
 
 # %% ../../nbs/7_bench/04_speed.ipynb #54290c1c
 @benchmark
-def _bench_training(recipe:str='micro', times:int=3, rounds:int=5, options:str=''):
-    "A training step, against the plain loop around the same model, in fp32 and under autocast"
-    r = load_recipe(recipe, options.split())
+def _bench_training(recipe:str='micro', times:int=2, rounds:int=6, options:str=''):
+    "A training step, against a plain loop and the transformers library: same dtype, then the best"
+    r = load_recipe(recipe, ['doc_mask=false', *options.split()])
     stage = pick_stage(r)
     device = pick_device(stage.device)
+    best = pick_dtype(device, stage.dtype)
+    dtypes = [best] if stage.dtype != 'auto' else [*dict.fromkeys(('fp32', best))]
     for n in _thread_counts(device):
-        for dtype in dict.fromkeys(('fp32', pick_dtype(device, stage.dtype))):
-            yield from _against_plain(r, n, times, rounds, dtype)
+        with _using_threads(n): yield from _train_in_turn(r, dtypes, n, times, rounds)
 
 # %% ../../nbs/7_bench/04_speed.ipynb #10555328
 def _peak_on(
@@ -202,20 +278,21 @@ def _train_alone(
     r = load_recipe(recipe, options.split())
     if side == 'none': return
     torch.manual_seed(0)
-    timer, ours = _timer(r), side == 'ours'
-    _take_steps(timer if ours else _plain_loop(timer.gpt, timer.batches(0)[0]), 2)
+    timer = _our_step(r, GPT(r.model))
+    plain = _plain_loop(timer.gpt, timer.batches(0)[0], timer.dtype)
+    _take_steps(timer if side == 'ours' else plain, 2)
     timer.wait()
 
 # %% ../../nbs/7_bench/04_speed.ipynb #ce45eb6b
 @benchmark
 def _bench_memory(recipe:str='micro', options:str='', processes:bool=True):
-    "Peak memory of training steps, against the plain fp32 loop and against the estimate"
+    "Peak memory of training steps, against a plain loop in the same dtype and the estimate"
     r = load_recipe(recipe, options.split())
     stage, train = pick_stage(r), partial(_train_alone, recipe, options)
     device = pick_device(stage.device)
     ours, plain = (_peak_on(device, partial(train, side)) for side in ('ours', 'plain'))
     yield Line('ours', Measure((ours/1e6,), 'MB'))
-    yield Line('plain loop, fp32', Measure((plain/1e6,), 'MB'))
+    yield Line('plain loop', Measure((plain/1e6,), 'MB'))
     yield Line('plain loop against ours', Measure((plain/ours,), '×'))
     whole = replace(r, configs={k: replace(c, micro_rows=None) for k, c in r.configs.items()})
     guess = plan_run(whole, budget=0).stages[0].memory.total
@@ -225,54 +302,9 @@ def _bench_memory(recipe:str='micro', options:str='', processes:bool=True):
     def size(side): return peak_rss(alone, recipe, options, side).bytes
     alone = 'lm_nb.bench.speed:_train_alone'
     bare = size('none')
-    for side, name in dict(ours='ours', plain='plain loop, fp32').items():
+    for side, name in dict(ours='ours', plain='plain loop').items():
         more = Measure(((size(side) - bare)/1e6,), 'MB')
         yield Line(f'process beyond its libraries, {name}', more)
-
-# %% ../../nbs/7_bench/04_speed.ipynb #dc0a8dda
-def _transformers_side(
-    gpt:GPT, # of arch gpt2: the model whose weights it starts from
-    batch:Batch, # rows without document borders
-    dtype:str='fp32', # of matmuls
-) -> Callable[[], torch.Tensor]:
-    "A plain step of the transformers library's GPT-2"
-    os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
-    from transformers import GPT2Config, GPT2LMHeadModel
-    config, state = to_transformers(gpt)
-    for key in ('model_type', 'architectures'): config.pop(key)
-    theirs: torch.nn.Module = GPT2LMHeadModel(GPT2Config(**config))
-    theirs.load_state_dict(state, strict=False)
-    theirs.to(next(gpt.parameters()).device).train()
-    def loss(model, batch):
-        return F.cross_entropy(model(batch.x).logits.flatten(0, 1), batch.y.flatten())
-    return _plain_loop(theirs, batch, dtype, loss)
-
-# %% ../../nbs/7_bench/04_speed.ipynb #fdfa0927
-def _against_transformers(
-    recipe:Recipe, # with arch = gpt2
-    threads:int,
-    times:int, # steps of a turn
-    rounds:int,
-) -> list[Line]:
-    "The lines of the benchmark `transformers` for a number of threads"
-    with _using_threads(threads):
-        torch.manual_seed(0)
-        ours = _timer(recipe)
-        theirs = _transformers_side(ours.gpt, ours.batches(0)[0])
-        pair = paired(partial(_take_steps, ours.loss, times), partial(_take_steps, theirs, times),
-                      rounds, same=_same_loss, wait=ours.wait)
-    at, goal = _where(ours.device, threads), '≥ 2' if ours.dtype != 'fp32' else '≥ 1'
-    return _rates(pair, times*ours.tokens, at, (f'ours, {ours.dtype}', 'transformers, fp32'), goal)
-
-# %% ../../nbs/7_bench/04_speed.ipynb #85e523d2
-@benchmark
-def _bench_transformers(recipe:str='micro', times:int=3, rounds:int=5, options:str=''):
-    "A training step of the GPT-2 architecture, against the transformers library's in a plain loop"
-    check(importlib.util.find_spec('transformers'), 'this benchmark compares with the '
-          'transformers library; pip install transformers')
-    r = load_recipe(recipe, ['arch=gpt2', 'tie=true', 'doc_mask=false', *options.split()])
-    for n in _thread_counts(pick_device(pick_stage(r).device)):
-        yield from _against_transformers(r, n, times, rounds)
 
 # %% ../../nbs/7_bench/04_speed.ipynb #05952ac3
 def _loss_sides(
@@ -295,7 +327,7 @@ def _loss_sides(
 
 # %% ../../nbs/7_bench/04_speed.ipynb #b8047bc3
 @benchmark
-def _bench_loss(vocab_size:int=32768, tokens:int=2048, width:int=256, rounds:int=3):
+def _bench_loss(vocab_size:int=32768, tokens:int=2048, width:int=256, rounds:int=6):
     "The loss in chunks, against all logits at once: time and peak memory"
     device = pick_device()
     chunked, whole = _loss_sides(vocab_size, tokens, width, device, pick_dtype(device))
@@ -311,63 +343,6 @@ def _bench_loss(vocab_size:int=32768, tokens:int=2048, width:int=256, rounds:int
     yield Line('peak memory, all logits', Measure((many/1e6,), 'MB'))
     yield Line('peak memory, all logits by chunked', Measure((many/few,), '×'), '≥ 2')
 
-# %% ../../nbs/7_bench/04_speed.ipynb #c816671f
-def _microworld_shards(
-    folder:str|Path, # where shards may be written
-    vocab_size:int=2048, # number of ids
-    wordings:int=4, # of each article
-) -> tuple[Shards, Shards]: # (to train on, to validate on)
-    "The microworld as shards, every twentieth document held out"
-    texts = [a['text'] for a in articles(make_world(), wordings)]
-    tok = Tokenizer.train(texts, vocab_size, kind='bpe')
-    def shards(part, docs):
-        write_token_shards(docs, tok, Path(folder)/part)
-        return Shards(Path(folder)/part, tok)
-    learned = [t for i, t in enumerate(texts) if i % 20]
-    return shards('train', learned), shards('valid', texts[::20])
-
-# %% ../../nbs/7_bench/04_speed.ipynb #165f4fcc
-def _learn(
-    cfg:GPTConfig,
-    stage:TrainConfig,
-    train:Shards,
-    valid:Shards,
-    seed:int=0,
-) -> float: # held-out loss at the end, nats per target
-    "A whole run on a CPU"
-    torch.manual_seed(seed)
-    gpt, cpu = GPT(cfg).train(), torch.device('cpu')
-    runtime, rows = Runtime(cpu, pick_dtype(cpu, stage.dtype)), stage.batch_tokens//cfg.context
-    batches = PretrainBatches(train, cfg.context, rows=rows, seed=seed)
-    optimizers = make_optimizers(gpt, stage)
-    for _ in training_steps(gpt, optimizers, batches, stage, runtime=runtime): pass
-    return heldout(gpt, eval_batches(valid, cfg.context, 32), context=runtime.autocast())['loss']
-
-# %% ../../nbs/7_bench/04_speed.ipynb #6c51c59e
-_PLAIN: dict = dict(optimizer='adamw', lr=1e-3, schedule='cosine', final_lr=.1)
-
-# %% ../../nbs/7_bench/04_speed.ipynb #217dcce9
-@benchmark
-def _bench_algorithm(
-    tokens:int=640_000, recipe:str='micro', options:str='', vocab_size:int=2048
-):
-    "Tokens to the loss that AdamW with a cosine schedule reaches"
-    r = load_recipe(recipe, options.split())
-    stage = replace(r.configs['pretrain'], tokens=tokens, device='cpu')
-    with tempfile.TemporaryDirectory() as tmp:
-        train, valid = _microworld_shards(tmp, vocab_size)
-        cfg = replace(r.model, vocab_size=vocab_size)
-        plain = replace(cfg, tie=True, zero_init=False), replace(stage, **_PLAIN)
-        target = _learn(*plain, train, valid)
-        yield Line(f'AdamW, cosine: loss after {tokens:,} tokens', Measure((target,), 'nats'))
-        for part in (8, 4, 2):
-            loss = _learn(cfg, replace(stage, tokens=tokens//part), train, valid)
-            yield Line(f'ours: loss after {tokens//part:,} tokens', Measure((loss,), 'nats'))
-            if loss <= target: break
-        else: part = 1  # not even with half
-        factor = Measure((float(part),), '×')
-        yield Line('tokens to that loss, AdamW by ours, at least', factor, '≥ 4')
-
 # %% ../../nbs/7_bench/04_speed.ipynb #099c81f3
 def _steps_alone(
     recipe:str, # name of a recipe
@@ -376,7 +351,8 @@ def _steps_alone(
 ) -> list[float]: # [seconds before the first step was done, median seconds of the others]
     "Time a few steps; run in a process of its own"
     start = time.perf_counter()
-    timer = _timer(load_recipe(recipe, options.split()))
+    r = load_recipe(recipe, options.split())
+    timer = _our_step(r, GPT(r.model), compile=pick_stage(r).compile)
     timer.seconds()
     first = time.perf_counter() - start
     return [first, median(timer.seconds() for _ in range(n))]
@@ -410,9 +386,10 @@ def _bench_compile(recipe:str='micro', options:str='', times:int=15):
     yield Line('eager: a step', Measure((1e3*e,), 'ms'))
     yield Line('compiled: a step', Measure((1e3*c, 1e3*w), 'ms'))
     yield Line('compiled against eager', Measure((e/c, e/w), '×'))
-    gain = max(e - (c + w)/2, 0.)
+    gain = e - (c + w)/2
+    if gain <= 0: return  # it never pays
     for name, t in dict(cold=c0, warm=w0).items():  # warm: the run before filled the cache
-        steps = Measure((max(t - e0, 0.)/gain if gain else math.inf,), 'steps')
+        steps = Measure((max(t - e0, 0.)/gain,), 'steps')
         yield Line(f'compiling pays from this many steps on, {name}', steps)
 
 # %% ../../nbs/7_bench/04_speed.ipynb #22791d6f
@@ -439,7 +416,7 @@ def _steps_on(
 @benchmark
 def _bench_sft(
     source:str='', context:int=1024, rows:int=2, recipe:str='micro', options:str='',
-    per_task:int=500, rounds:int=3
+    per_task:int=500, rounds:int=6
 ):
     "Answer tokens learned from per second: packed rows, against one example a row, padded"
     size = [f'context={context}', f'batch_tokens={context*rows}']
@@ -448,16 +425,19 @@ def _bench_sft(
                 else [to_example(x) for x in instruction_records(make_world(), 'train', per_task)])
     tok = Tokenizer.train([e.text for e in examples], r.model.vocab_size, kind='bpe')
     cfg, pairs = replace(r.model, vocab_size=len(tok)), encode_examples(tok, examples, context)
+    longest = max(len(q) + len(a) + 1 for q, a in pairs)  # bos of the answer between them
     (packed, many), (single, few) = (
-        _steps_on(cfg, r.configs['sft'], SFTBatches(tok, pairs, context, rows=rows, packed=p))
-        for p in (True, False))
+        _steps_on(cfg, r.configs['sft'],
+                  SFTBatches(tok, pairs, width, rows=context*rows//width, packed=p))
+        for p, width in ((True, context), (False, longest)))
     pair = paired(partial(_take_steps, packed, 2), partial(_take_steps, single, 2), rounds,
                   wait=packed.wait)
     yield Line('packed', pair.a.map(lambda s: 2*many/s, 'targets/s'))
     yield Line('one a row', pair.b.map(lambda s: 2*few/s, 'targets/s'))
-    yield Line('packed against one a row', pair.ratio.map(lambda x: x*many/few, '×'), '≥ 4')
-    yield Line('targets in a row, packed', Measure((many/rows,)))
-    yield Line('targets in a row, one a row', Measure((few/rows,)))
+    yield Line('packed against one a row', pair.ratio.map(lambda x: x*many/few, '×'), '≥ 1')
+    yield Line('targets of a step, packed', Measure((many,)))
+    yield Line('targets of a step, one a row', Measure((few,)))
+    yield Line('positions of the longest example', Measure((longest,)))
 
 # %% ../../nbs/7_bench/04_speed.ipynb #be5bed67
 _SIZES = {'4 layers, 128 wide': dict(n_layer=4, n_head=4, d_model=128, d_ff=320),
@@ -478,71 +458,112 @@ def _random_model(
         if p.ndim == 2: p.mul_(4)
     return gpt.eval()
 
-# %% ../../nbs/7_bench/04_speed.ipynb #0784fe04
+# %% ../../nbs/7_bench/04_speed.ipynb #e1824bc3
 @torch.inference_mode()
-def _read_again(
+def _cached_loop(
     gpt:GPT,
-    row:torch.Tensor, # ids (1, T): a prompt and what was generated after it
-    prompt:int, # tokens of the prompt
-    every:int, # make one step of so many
-) -> list[int]: # the token chosen by each of these steps
-    "Generating without a cache: read the row so far, take the best token"
-    def best(n): # logits are made of the last position only
-        last = torch.arange(n, device=row.device)[None] == n - 1
-        return gpt(row[:, :n], at=last).argmax(-1).item()
-    return [best(n) for n in range(prompt, row.shape[1], every)]
+    ids:torch.Tensor, # prompts (B, T)
+    max_new:int,
+) -> torch.Tensor: # (B, T + max_new)
+    "Greedy generation as one would write it around the model and a cache"
+    cache, new = KVCache(gpt.cfg, len(ids), ids.shape[1] + max_new, ids.device), ids
+    for _ in range(max_new):
+        new = gpt(new, cache=cache)[:, -1:].argmax(-1)
+        ids = torch.cat((ids, new), 1)
+    return ids
 
-# %% ../../nbs/7_bench/04_speed.ipynb #b5dd52af
-def _against_rereading(
+# %% ../../nbs/7_bench/04_speed.ipynb #3e4f115d
+def _their_generate(
+    gpt:GPT,
+    attention:str, # in `_ATTENTION`
+) -> Callable: # (ids, max_new) -> ids
+    "The transformers library's generation with our weights, greedy, without an end"
+    theirs = _their_model(gpt, attention).eval()
+    def run(ids, max_new):
+        with torch.inference_mode():
+            return theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                                   max_new_tokens=max_new, use_cache=True, pad_token_id=0)
+    return run
+
+# %% ../../nbs/7_bench/04_speed.ipynb #b13033e5
+def _generate_in_turn(
     name:str, # in `_SIZES`
-    max_new:int, # tokens to be generated
-    prompt:int, # tokens before them
     rows:int, # generated at once
-    every:int, # make one step of so many without the cache
+    prompt:int, # tokens of each
+    max_new:int, # tokens to be generated
     rounds:int,
-) -> list[Line]:
-    "The lines of the benchmark `generating` for a model"
-    device = pick_device()
-    gpt = _random_model(_SIZES[name], max(1024, prompt + max_new), device=device)
-    own = torch.Generator().manual_seed(0)
+) -> Iterator[Line]:
+    "The lines of the benchmark `generating` for a model and a number of rows"
+    device, own = pick_device(), torch.Generator().manual_seed(0)
+    gpt = _random_model(_SIZES[name], max(256, prompt + max_new), device=device)
     ids = torch.randint(0, gpt.cfg.vocab_size, (rows, prompt), generator=own).to(device)
-    again = partial(_read_again, gpt, generate(gpt, ids[:1], max_new), prompt, every)
-    part = max_new/len(range(0, max_new, every))  # one step that is made stands for so many
-    def cached(n): return generate(gpt, ids[:n], max_new)[0, prompt::every].tolist()
-    one, many = (paired(partial(cached, n), again, rounds, list.__eq__, synchronizer(device))
-                 for n in (1, rows))
-    def rate(m, tokens): return m.map(lambda s: tokens/s, 'tokens/s')
-    against = f'{name}: {rows} rows, against everything again, one by one'
-    return [Line(f'{name}: 1 row', rate(one.a, max_new)),
-            Line(f'{name}: everything again', rate(one.b, max_new/part)),
-            Line(f'{name}: 1 row, against everything again',
-                 one.ratio.map(lambda r: r*part, '×'), '≥ 4'),
-            Line(f'{name}: {rows} rows', rate(many.a, rows*max_new)),
-            Line(against, many.ratio.map(lambda r: r*part*rows, '×'), '≥ 15')]
+    sides: dict[str, Callable] = {'ours': partial(generate, gpt, dtype='fp32'),
+                                  'plain loop': partial(_cached_loop, gpt)}
+    if _has_transformers():
+        sides |= {f'transformers {a}': _their_generate(gpt, a) for a in _ATTENTION}
+    calls: dict = {f'{side}, fp32': partial(f, ids, max_new=max_new) for side, f in sides.items()}
+    turns = in_turn(calls, rounds, torch.equal, synchronizer(device))
+    where = f'{name}, {rows} row{"s"*(rows > 1)}'
+    yield from _compared(turns, where, rows*max_new, 'fp32', '≥ 1')
 
 # %% ../../nbs/7_bench/04_speed.ipynb #d6a06a92
 @benchmark
 def _bench_generating(
-    max_new:int=500, prompt:int=16, rows:int=16, every:int=25, rounds:int=1, threads:int=1,
-    shapes:str=''
+    max_new:int=64, prompt:int=32, rows:int=16, rounds:int=6, threads:int=1, shapes:str=''
 ):
-    "New tokens with the cache, against reading the row again for each: one row, and several"
+    "Greedy generation with a cache, against the transformers library's and a plain loop"
     with _using_threads(threads):
         for name in shapes.split(';') if shapes else _SIZES:
-            yield from _against_rereading(name, max_new, prompt, rows, every, rounds)
+            for n in dict.fromkeys((1, rows)):
+                yield from _generate_in_turn(name, n, prompt, max_new, rounds)
+
+# %% ../../nbs/7_bench/04_speed.ipynb #c5c46ded
+def _announced(
+    recipe:str, # its name
+    options:list[str], # `key=value` texts
+) -> dict[str, list[float]]: # {stage: [seconds, bytes of the process]}
+    "What a plan says of each stage; run in a process of its own"
+    stages = plan_run(load_recipe(recipe, options)).stages
+    return {s.name: [s.seconds, s.process] for s in stages}
+
+# %% ../../nbs/7_bench/04_speed.ipynb #190abf00
+def _run_alone(
+    recipe:str, # its name
+    options:list[str], # `key=value` texts
+    folder:str, # of the run, whose data have been made
+    stage:str, # its name
+) -> float: # seconds
+    "Run a stage; in a process of its own"
+    run, start = Run(load_recipe(recipe, options), Path(folder)), time.perf_counter()
+    run_stage(run, stage)
+    return time.perf_counter() - start
+
+# %% ../../nbs/7_bench/04_speed.ipynb #6dacaff4
+def _beside(
+    stage:str, # its name
+    what:str, # time or memory
+    announced:float,
+    measured:float,
+    unit:str,
+) -> Iterator[Line]:
+    "A figure of the plan beside what came out"
+    yield Line(f'{stage}: {what} announced', Measure((announced,), unit))
+    yield Line(f'{stage}: {what} measured', Measure((measured,), unit))
+    off = Measure((100*abs(announced/measured - 1),), '%')
+    yield Line(f'{stage}: {what} is off by', off, '≤ 15')
 
 # %% ../../nbs/7_bench/04_speed.ipynb #3859cda5
 @benchmark
-def _bench_plan(recipe:str='micro', tokens:int=1_000_000, options:str=''):
-    "The time that a plan announces, against what the training then takes"
-    r = load_recipe(recipe, [f'pretrain.tokens={tokens}', 'control=', *options.split()])
+def _bench_plan(recipe:str='micro', share:float=1., options:str=''):
+    "Time and memory of training as a plan announces them, against what the stages then take"
+    whole = load_recipe(recipe, options.split())
+    part = [f'{k}.tokens={int(share*c.tokens)}' for k, c in whole.stage_configs().items()]
+    own = [*options.split(), *part]
+    announced = peak_rss('lm_nb.bench.speed:_announced', recipe, own).returned
     with tempfile.TemporaryDirectory() as tmp:
-        run = Run(r, Path(tmp)/'run')
-        _ = run.shards  # tokenizer and token files are made before the clock starts
-        announced = plan_run(r).stages[0].seconds
-        start = time.perf_counter()
-        run_stage(run, 'pretrain')
-        took = time.perf_counter() - start
-    yield Line('announced', Measure((announced,), 's'))
-    yield Line('took', Measure((took,), 's'))
-    yield Line('off by', Measure((100*abs(announced/took - 1),), '%'), '≤ 15')
+        folder = f'{tmp}/run'
+        prepare_stages(Run(load_recipe(recipe, own), Path(folder)), announced)
+        for stage, (seconds, size) in announced.items():
+            took = peak_rss('lm_nb.bench.speed:_run_alone', recipe, own, folder, stage)
+            yield from _beside(stage, 'time', seconds, took.returned, 's')
+            yield from _beside(stage, 'process', size/1e6, took.bytes/1e6, 'MB')

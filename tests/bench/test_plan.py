@@ -116,7 +116,33 @@ def test_a_step_is_put_together_from_its_parts(options, rows, micros):
     found = _measure_stage(arithmetic, partial(Steps, .01, []), CPU, 10.)
     assert found.step_seconds == pytest.approx(Steps.fixed + .01*all_rows, rel=.02)
     assert found.start_seconds == pytest.approx(20.)
-    assert found.seconds == pytest.approx(20. + found.steps*found.step_seconds)
+    assert found.seconds == pytest.approx(20. + found.steps*found.step_seconds + found.besides)
+    assert found.besides > 0
+
+
+def test_a_plan_counts_what_a_run_does_beside_its_steps():
+    def plan(**keys):
+        recipe = load_recipe('micro', [f'{k}={v}' for k, v in keys.items()])
+        stage = plan_run(recipe, room=8e9, **ON_CPU).stages[0]
+        return replace(stage, step_seconds=.1)
+    often, seldom = plan(eval_every=10), plan(eval_every=0)
+    positions = .01*1_900_000
+    assert seldom.validations == pytest.approx(positions), 'at the end'
+    assert often.validations == pytest.approx(75*positions), 'every ten of 742 steps'
+    forward = .1*positions/2560/3
+    assert often.besides - seldom.besides == pytest.approx(74*forward, rel=.01)
+    assert seldom.seconds == pytest.approx(742*.1 + seldom.besides)
+    assert plan(valid_share=.1).validations == pytest.approx(10*plan().validations)
+
+
+def test_stages_with_the_same_kind_of_step_have_the_same_figure():
+    found = plan_run(load_recipe('micro', TINY.split()), budget=.01)
+    pretrain, sft = found.stages
+    assert pretrain.step_seconds == sft.step_seconds > 0
+    assert pretrain.process == sft.process and not pretrain.process < 1e8
+    other = load_recipe('micro', [*TINY.split(), 'sft.batch_tokens=4096'])
+    pretrain, sft = plan_run(other, budget=.01).stages
+    assert pretrain.step_seconds != sft.step_seconds
 
 
 def test_a_large_step_is_measured_on_few_rows():

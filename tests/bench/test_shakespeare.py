@@ -62,19 +62,25 @@ def test_what_is_fetched_is_checked_before_it_is_kept(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('context', [5, 64, 200])
+@pytest.mark.parametrize('reach', [1, 20, math.inf])
 @pytest.mark.parametrize('read', [s._by_character, lambda text: s._by_token(text, 270)])
-def test_every_byte_counts_once(read, context):
+def test_every_byte_counts_once(read, context, reach):
     torch.manual_seed(0)
     ids = read(TEXT)
     shape = dict(n_layer=1, n_head=2, d_model=16, zero_init=False, tie=False)
     gpt = GPT(GPTConfig(vocab_size=ids.size, context=context, **shape))
     nll = 0.
-    for a in range(0, len(ids.valid) - 1, context):
-        part = ids.valid[a:a + context + 1]
-        nll += F.cross_entropy(gpt(part[None, :-1])[0], part[1:], reduction='sum').item()
+    a = 0
+    while a < len(ids.valid) - 1:
+        b = a + 1  # as many ids as fit, and one at least
+        while b - a < context and sum(ids.lengths[a:b + 1]) <= reach: b += 1
+        part = ids.valid[a:b + 1]
+        if len(part) > 1:
+            nll += F.cross_entropy(gpt(part[None, :-1])[0], part[1:], reduction='sum').item()
+        a = b
     assert ids.valid_bytes == len(TEXT.valid.encode())
     bits = nll/ids.valid_bytes/math.log(2)
-    assert math.isclose(s._bits_per_byte(gpt, ids, rows=2), bits, rel_tol=1e-4)
+    assert math.isclose(s._bits_per_byte(gpt, ids, reach, rows=2), bits, rel_tol=1e-4)
 
 
 def test_the_parts_share_no_character(tmp_path, monkeypatch):
@@ -93,3 +99,20 @@ def test_a_run_depends_on_its_seed_alone():
     kw = dict(steps=3, rows=2, shape=dict(n_layer=1, n_head=2, d_model=16, d_ff=32, context=16))
     a, b, c = (s._bits_per_byte(s._our_run(ids, seed, **kw), ids) for seed in (0, 0, 1))
     assert a == b != c
+
+
+def test_rows_of_characters_and_of_tokens_read_equally_much_text():
+    for ids in (s._by_character(TEXT), s._by_token(TEXT, 270)):
+        at, reads = 0, []
+        for b in s._valid_batches(ids, T=64, reach=20):
+            for n in (b.y != s.IGNORE).sum(1).tolist():
+                reads.append(sum(ids.lengths[at:at + n]))
+                at += n
+        assert at == len(ids.valid) - 1 and max(reads) <= 20
+        assert min(reads[:-1]) > 20 - max(ids.lengths)
+
+
+def test_rates_are_chosen_on_a_text_that_is_not_reported():
+    text = s._in_two(''.join(chr(97 + i % 26) for i in range(1000)))
+    inner = s._in_two(text.train)
+    assert inner.train + inner.valid == text.train and len(inner.valid) == 90

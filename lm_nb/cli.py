@@ -93,8 +93,10 @@ def _say_changes(folder, recipe, pairs):
     from lm_nb.training.run import RUNTIME_KEYS, differing
     try: now = load_recipe(recipe.name, _words(pairs))
     except UserError: return  # gone, or made of the words of an earlier command
+    said = {key for key, *_ in config_texts(recipe.name, _words(pairs))}
     odd = [line for line in differing(recipe.as_dict(), now.as_dict())
-           if line.split(':')[0].split('.')[-1] not in RUNTIME_KEYS]
+           if (key := line.split(':')[0]).split('.')[-1] not in RUNTIME_KEYS
+           and (recipe.minutes is None or {key, key.split('.')[-1]} & said)] # others were chosen
     more = f'; and {len(odd) - 3} more' if len(odd) > 3 else ''
     if odd: notice(f'{folder} goes on with its recipe.json; settings.ini has other values: '
                    f'{"; ".join(odd[:3])}{more}')
@@ -108,15 +110,26 @@ def _resume(folder, pairs):
     return recipe
 
 # %% ../nbs/cli.ipynb #751c8c6b
-def _load(name, pairs, folder=None):
-    "The recipe, with the pairs put in; that of the run in `folder` if there is one"
+def _check_folder(folder):
+    "`UserError` if no run can be begun in a folder"
+    from lm_nb.training.run import _read_recipe
+    there = next(f for f in (folder, *folder.absolute().parents) if f.exists())
+    check(there == folder or there.is_dir(), f'{folder}: {there.name} is a file; choose another '
+          'run_dir=')
+    _read_recipe(folder)
+
+def _load(name, pairs, folder=None, sizes=True):
+    "The recipe, with the pairs put in and open sizes chosen; that of the run in `folder` if any"
+    from lm_nb.bench.sizes import sized_recipe
     from lm_nb.training.recipe import load_recipe, recorded_recipe
+    load = sized_recipe if sizes else load_recipe
     if Path(name).is_absolute():
         check(_is_run(name), f'{name}: is no folder of a run (there is no recipe.json)')
         return _resume(Path(name), pairs)
-    if folder is None: return load_recipe(name, _words(pairs))
+    if folder is None: return load(name, _words(pairs))
     if not _begun(folder):
-        try: return load_recipe(name, _words(pairs))
+        _check_folder(folder)  # what is wrong with it shows at once
+        try: return load(name, _words(pairs))
         except UserError:
             if not (folder/'recipe.json').is_file(): raise
     there = recorded_recipe(folder).name
@@ -148,9 +161,7 @@ def _run(name, pairs):
     them"""
     from lm_nb.workbook import report, run_all
     run = _open(name, pairs)
-    begun = [f for f in (run.folder/'control', run.folder) if _begun(f)][:1]
-    words = [*(word for folder in begun for word in _given(folder)), *_words(pairs)]
-    print(report(run_all(run, words, log=notice), run.folder))
+    print(report(run_all(run, log=notice), run.folder))
 
 # %% ../nbs/cli.ipynb #573e1689
 def _tokenizer(name, pairs):
@@ -248,7 +259,8 @@ def _shards(words, pairs):
     name = words[0]
     if len(words) > 1 or not (name in recipe_names() or _is_run(name)):
         folder, name = root()/'runs'/Path(name).name.split('.')[0], 'own'
-        pairs = {'run_dir': str(folder), 'context': '1024', **_of_files(words), **pairs}
+        sizes = dict(minutes='none', vocab_size='4096', context='1024', valid_share='0.05')
+        pairs = {'run_dir': str(folder), **sizes, **_of_files(words), **pairs}
     run = _open(name, pairs)
     with exclusive_run(run): _write_shards(run)
 
@@ -326,14 +338,15 @@ def _generate(name, pairs):
     run, device = _run_folder(name, pairs), pairs.pop('device', 'auto')
     keys = _keys(SampleConfig, pairs, max_new=int)
     gpt, tok = _model(name, run, device, wanted)
-    ids, stops, context = tok.encode(prompt) or [tok.bos], stop_ids(tok), gpt.cfg.context
+    ids, stops, context = [tok.bos, *tok.encode(prompt)], stop_ids(tok), gpt.cfg.context
     room = context + 1 - len(ids)
     max_new = keys.pop('max_new', min(100, max(1, room)))
     new = stream(gpt, ids, max_new, eos=stops, **keys)
     pieces = stream_text(tok, (i for i in new if i not in stops))
     first = next(pieces, '')  # what is wrong shows before anything is printed
     if max_new > room:
-        notice(f'max_new = {max_new}: the model reads at most {context} tokens, {len(ids)} of them '
+        given = len(ids) - 1
+        notice(f'max_new = {max_new}: the model reads at most {context} tokens, {given} of them '
               f'the prompt; the text ends after {room} new ones')
     print(prompt + first, end='', flush=True)
     for text in pieces: print(text, end='', flush=True)
@@ -494,16 +507,16 @@ def _key_line(key, value, doc, mark=''):
         f'{first.rstrip()}\n{_fill(doc + mark, rest, rest)}'
 
 # %% ../nbs/cli.ipynb #c0a1d2e7
-def _load_shown(name, pairs):
+def _load_shown(name, pairs, sizes=True):
     "The recipe of a command that makes nothing: as `settings.ini` has it, or a folder's"
-    return _load(name, pairs, Path(pairs.pop('run_dir')) if 'run_dir' in pairs else None)
+    return _load(name, pairs, Path(pairs.pop('run_dir')) if 'run_dir' in pairs else None, sizes)
 
 # %% ../nbs/cli.ipynb #82d35c7a
 def _recipe(name, pairs):
     """RECIPE|FOLDER [key=value …]: show every key, its value and what it means; * marks what the
     recipe itself sets, or the command line"""
     from lm_nb.training.recipe import Recipe
-    recipe = _load_shown(name, pairs)
+    recipe = _load_shown(name, pairs, sizes=False)
     said: set[str] = set()
     with suppress(UserError):
         said = {key for key, _, where in config_texts(recipe.name, _words(pairs))

@@ -182,7 +182,7 @@ def test_a_stage_that_only_a_recipe_knows_is_a_command(bad, good, tmp_path):
     ('run own text=text.txt tie=perhaps', ('tie = perhaps', 'expected true or false')),
     ('run own text=text.txt d_model=100 n_head=3',
      ('recipe own', 'd_model = 100 is not divisible by n_head = 3')),
-    ('run own text=text.txt n_head=6 n_kv_head=4',
+    ('run own text=text.txt d_model=192 n_head=6 n_kv_head=4',
      ('n_head = 6 is not divisible by n_kv_head = 4',)),
     ('run own text=text.txt arch=gpt3', ('arch = gpt3', "did you mean 'gpt2'")),
     ('run own text=text.txt optimizer=adam', ('optimizer = adam', "did you mean 'adamw'")),

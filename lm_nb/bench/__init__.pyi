@@ -1,11 +1,24 @@
 # Written by tools/export.py from what the modules of this part export.
+from .expect import (
+    compressor_bits as compressor_bits,
+    byte_bits as byte_bits,
+    frequency_loss as frequency_loss,
+    goes_round as goes_round,
+    answer_form as answer_form,
+    expectations as expectations,
+)
 from .measure import (
     BENCHMARKS as BENCHMARKS,
     Measure as Measure,
+    Turns as Turns,
+    in_turn as in_turn,
     Paired as Paired,
     paired as paired,
     peak_rss as peak_rss,
     Line as Line,
+    Result as Result,
+    write_result as write_result,
+    read_result as read_result,
     summary_table as summary_table,
     plot_goals as plot_goals,
     benchmark as benchmark,
@@ -29,4 +42,19 @@ from .profiling import (
 )
 from .shakespeare import (
     fetch_shakespeare as fetch_shakespeare,
+)
+from .sizes import (
+    SHAPES as SHAPES,
+    Part as Part,
+    look as look,
+    choose_share as choose_share,
+    choose_vocabulary as choose_vocabulary,
+    choose_context as choose_context,
+    Need as Need,
+    share_out as share_out,
+    measure_rate as measure_rate,
+    choose_shape as choose_shape,
+    Choice as Choice,
+    choose_sizes as choose_sizes,
+    sized_recipe as sized_recipe,
 )

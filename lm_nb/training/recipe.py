@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ..core import (
     UserError, check, compose, config_texts, nearest, notice, part_keys, parts, pick_device,
-    pick_dtype, read_foreign_json, read_json, recipe_names, root, worker_count)
+    pick_dtype, read_foreign_json, read_json, root, worker_count)
 from ..data.sources import split_sources
 from ..data.cleaning import CleanConfig
 from ..data.tokenizer import TokenizerConfig
@@ -129,7 +129,7 @@ class Recipe:
     "Everything that a run depends on"
     name: str                # the section of settings.ini
     seed: int = 0            # of the microworld, weights, data order and dropout
-    control: str = ''        # another recipe, to run and measure beside this one
+    minutes: float | None = None  # sizes that nobody has set are chosen for so much time
     stages: str = ''         # such as pretrain sft, in order; empty: those that have data
     plugins: str = ''        # Python files that define further stages
     data: DataConfig = field(default_factory=DataConfig)
@@ -139,6 +139,8 @@ class Recipe:
     configs: dict[str, TrainConfig] = field(default_factory=dict)  # {stage: its values}
 
     def __post_init__(self) -> None:
+        check(self.minutes is None or self.minutes > 0,
+              f'minutes = {self.minutes}: must be positive')
         names = self.stages.split()
         twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
         check(not twice, f'stages = {self.stages}: {", ".join(twice)} is listed twice')
@@ -164,6 +166,7 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         "As JSON has it: {'seed': 0, 'model': {'n_layer': 4, …}, 'pretrain': {…}, …}"
         values = asdict(self)
+        if self.minutes is None: del values['minutes']  # nothing was chosen
         return values | values.pop('configs')
 
     def flat(self) -> dict[str, Any]:
@@ -241,7 +244,7 @@ _NO_EFFECT['data'] = [
               lambda r, d: not _in_files(r), 'text = microworld has records of its own'),
     _NoEffect('field fields format separator errors encoding', 'text',
               lambda r, d: not _in_files(r), 'text = microworld is not read from files'),
-    _NoEffect('paraphrases fixed_order groups asked', 'text', lambda r, d: _in_files(r),
+    _NoEffect('paraphrases groups asked', 'text', lambda r, d: _in_files(r),
               'it is for text = microworld'),
     _NoEffect('text_valid max_documents weights', 'text', lambda r, d: not d.text,
               'there is no text='),
@@ -302,9 +305,6 @@ def load_recipe(
     texts = config_texts(name, overrides, path)
     recipe = _compose(name, texts)
     _refuse_idle(recipe, texts)
-    known = recipe_names(path)
-    check(not recipe.control or recipe.control in known, f'control = {recipe.control}: there is no '
-          f'such recipe{nearest(recipe.control, known)}')
     for cfg in recipe.configs.values():
         device = pick_device(cfg.device)
         if cfg.dtype != 'auto': pick_dtype(device, cfg.dtype)

@@ -58,13 +58,13 @@ from .mediawiki import (
 )
 from .microworld import (
     GROUPS as GROUPS,
+    TRAIN_RECORDS as TRAIN_RECORDS,
     World as World,
     make_world as make_world,
     deal_groups as deal_groups,
     articles as articles,
     records_by_task as records_by_task,
     instruction_records as instruction_records,
-    cloze_prompts as cloze_prompts,
     fact_probes as fact_probes,
     write_microworld as write_microworld,
 )

@@ -11,6 +11,7 @@ from .evaluate import (
     surprisal as surprisal,
     heldout as heldout,
     wilson_interval as wilson_interval,
+    entity_interval as entity_interval,
     Answer as Answer,
     tally as tally,
     exact_match as exact_match,
@@ -24,10 +25,11 @@ from .facts import (
     log_likelihoods as log_likelihoods,
     forced_choice as forced_choice,
     ask_facts as ask_facts,
-    entity_interval as entity_interval,
     difference as difference,
     score_facts as score_facts,
+    pool_facts as pool_facts,
     facts_table as facts_table,
+    plot_facts as plot_facts,
 )
 from .sampling import (
     SampleConfig as SampleConfig,

@@ -23,6 +23,8 @@ from .loop import (
 )
 from .monitor import (
     matmul_peak as matmul_peak,
+    utilisation as utilisation,
+    datasheet_peak as datasheet_peak,
     Meter as Meter,
     read_log as read_log,
     RunLog as RunLog,

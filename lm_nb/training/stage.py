@@ -23,6 +23,7 @@ from ..model.gpt import GPT
 from ..model.fused import attention_kernel, pick_attention
 from ..model.hub import save_model
 from ..inference.sampling import eval_mode
+from ..inference.evaluate import evaluations
 from .optim import make_optimizers
 from .loop import (
     Ranks, Runtime, Step, TrainConfig, grad_scaler, micro_batches, next_token_loss, training_steps)
@@ -192,7 +193,7 @@ def train(
     runtime = Runtime(device, note['dtype'], ranks)
     if device.type == 'cpu': tune_malloc()
     model: Any = wrap(gpt.to(device).train(), cfg.parallel, ranks, cfg.shard_group, runtime.dtype)
-    optimizers, scaler = make_optimizers(gpt, cfg), grad_scaler(runtime, cfg.batch_tokens)
+    optimizers, scaler = make_optimizers(model, cfg), grad_scaler(runtime, cfg.batch_tokens)
     saver = Saver(folder/'checkpoints', gpt, optimizers, scaler, ranks, cfg.keep_last,
                   cfg.keep_every)
     start, left = saver.load() or (0, {})
@@ -243,6 +244,16 @@ def prepare_stages(
         if line and line not in run.said: notice(line)
         run.said.add(line)
 
+# %% ../../nbs/4_training/08_stage.ipynb #0b1c1150
+def _with_measures(feed, run, name):
+    "The feed, measuring with each validation what registered for that"
+    measures, validate = evaluations(name, during=True).values(), feed.validate
+    def both(gpt, runtime):
+        found = validate(gpt, runtime) if validate else {}
+        for measure in measures: found |= measure(run, gpt, run.tokenizer)
+        return found
+    return replace(feed, validate=both) if measures else feed
+
 # %% ../../nbs/4_training/08_stage.ipynb #56d16def
 def _start(stage, run, ranks):
     "The model and the feed of a stage; whatever it and those after it need is there then"
@@ -251,7 +262,7 @@ def _start(stage, run, ranks):
     seed_all(run.recipe.seed)
     gpt = stage.start(run)
     ranks.on_rank0(lambda: prepare_stages(run, after))
-    return gpt, stage.feed(run, ranks)
+    return gpt, _with_measures(stage.feed(run, ranks), run, stage.name)
 
 # %% ../../nbs/4_training/08_stage.ipynb #fdb2acd9
 @contextmanager

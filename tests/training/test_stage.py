@@ -322,7 +322,7 @@ def test_tensorboard_has_the_curves_texts_pictures_and_the_recipe(whole):
                                   size_guidance=dict(scalars=0, images=0, tensors=0)).Reload()
         tags = events.Tags()
         want = {'loss/train', 'loss/valid', 'optim/lr', 'optim/grad_norm', 'speed/tokens_per_s',
-                'speed/mfu', 'speed/tokens', 'memory/gib'} | (
+                'speed/mfu', 'speed/peak_tflops', 'speed/tokens', 'memory/gib'} | (
             {'loss/valid_bits_per_byte'} if stage == 'pretrain' else set())
         assert want == set(tags['scalars']), stage
         assert all(len(events.Scalars(t)) > 1 for t in want), 'a curve has more than one point'
@@ -335,7 +335,7 @@ def test_tensorboard_has_the_curves_texts_pictures_and_the_recipe(whole):
         assert {'_hparams_/experiment', '_hparams_/session_start_info',
                 '_hparams_/session_end_info'} <= set(events.summary_metadata), 'the recipe'
         mfu = [e.value for e in events.Scalars('speed/mfu')]
-        assert all(0 < x < 1 for x in mfu)
+        assert all(0 < x <= 1 for x in mfu)
         assert all(0 < e.value < 100 for e in events.Scalars('memory/gib'))
     assert not [p for p in whole.rglob('events*') if p.parent.name not in ('pretrain', 'sft')]
 
@@ -398,9 +398,12 @@ def test_an_attention_picture_names_its_tokens_whatever_they_are(heads, recwarn)
     text = '双岭镇 $5 & $x_$ \\frac{ price\nnew\tline \x01 双岭镇'
     tok = Tokenizer.train([text]*3, 300, kind='bpe')
     gpt = GPT(GPTConfig(vocab_size=len(tok), context=64, n_layer=1, n_head=heads, d_model=48))
-    fig = _attention_figure(gpt, tok, text, 0)
+    fig = _attention_figure(gpt, tok, text*2, 0)
     fig.savefig(out := io.BytesIO())
-    want = [p.replace('\n', '⏎') for p in tok.pieces(text)[:40]]
+    want = ['bos', *(p.replace('\n', '⏎') for p in tok.pieces(text*2))]
+    assert len(want) > 40 # more than are drawn
+    want = want[:40]
+    assert fig.get_figwidth() == pytest.approx((1.5 + .11*40)*min(4, heads))
     drawn = fig.axes[:heads]
     assert all([t.get_text() for t in ax.get_xticklabels()] == want for ax in drawn)
     assert [t.get_text() for t in drawn[0].get_yticklabels()] == want

@@ -144,16 +144,6 @@ def _open(name, pairs):
     folder = _folder(name, pairs)
     return Run(_load(name, pairs, folder), folder)
 
-# %% ../nbs/cli.ipynb #c0a1d2e4
-def _given(folder):
-    "The words that a recorded recipe was begun with, as far as `settings.ini` does not say them"
-    from lm_nb.training.recipe import _as_text, _flatten, load_recipe, recorded_recipe
-    recipe = recorded_recipe(folder)
-    try: plain = _flatten(load_recipe(recipe.name).as_dict())
-    except UserError: plain = {}
-    return [f'{k}={_as_text(v)}' for k, v in _flatten(recipe.as_dict()).items()
-            if k not in ('name', 'control') and (k not in plain or plain[k] != v)]
-
 # %% ../nbs/cli.ipynb #e874323b
 def _run(name, pairs):
     """RECIPE|FOLDER [key=value …]: the whole job: data, then each stage and its measurements. What

@@ -151,13 +151,15 @@ def test_06_an_edited_source_is_named(say, here):
 def test_07_no_key_is_ignored(say, trained):
     tiny = 'paraphrases=1 vocab_size=1024 pretrain.tokens=2560 sft.tokens=2560'.split()
     status, out, err = say('sft', 'micro', OK, f'base={trained/"base"}', 'run_dir=r', *SMALL[:1],
-                           *tiny, 'context=32', 'batch_tokens=128', 'control=')
+                           *tiny, 'context=32', 'batch_tokens=128')
     if status == 0: assert read_json(Path('r/packed/train/index.json'))['examples'] <= 60
     else: assert 'instructions' in err
     for share in 0.1, 0.9:
         status, out, err = say('sft', 'own', TEXT, OK, f'base={trained/"base"}', *SMALL,
                                f'replay={share}', f'run_dir=r{share}')
-        assert status == 0 and f'replay = {share}' in out + err
+        rows = read_json(Path(f'r{share}/recipe.json'))['data']['replay']
+        assert status == 0 and rows == share
+        if share == .1: assert f'replay = {share} becomes' in out + err  # one row at least
 
 
 def test_08_a_full_disk_costs_points(here):

@@ -698,7 +698,7 @@ def alone(site, cwd, *argv, **env):
 
 
 SMALL = '''paraphrases=1 vocab_size=600 n_layer=1 n_head=2 d_model=32 d_ff=64 context=96 replay=0
-           batch_tokens=960 pretrain.tokens=1920 control= device=cpu dtype=fp32'''.split()
+           batch_tokens=960 pretrain.tokens=1920 device=cpu dtype=fp32'''.split()
 
 
 def test_the_package_works_without_its_repository(installed, tmp_path):
@@ -790,20 +790,6 @@ def test_a_recipe_that_changed_since_is_said(tmp_path, monkeypatch, capsys, desk
     assert {k: after.get(k) for k in made} == made
 
 
-def test_a_control_goes_on_with_the_words_of_its_run(at_desk, good, tmp_path):
-    words = [w for w in SMALL if w != 'control='] + ['sft.tokens=960', 'eval_every=0']
-    run = tmp_path/'run'
-    first = good('run', 'micro', *words, f'run_dir={run}')
-    kept = photo(run)
-    assert good('run', run) == first and photo(run) == kept
-    data = read_json(run/'results.json')
-    del data['control']
-    (run/'results.json').write_text(json.dumps(data))
-    assert good('run', 'micro', f'run_dir={run}')
-    recipe = read_json(run/'control'/'recipe.json')
-    assert recipe['name'] == 'micro-once' and recipe['model']['n_layer'] == 1
-
-
 # ------------------------------------------------------------------ a table of mistakes
 
 HOSTILE = ['0', '-1', '1e9', '4e18', '1e400', '9' * 20, 'nan', '-inf', '', 'none', 'x', '1e-300',
@@ -859,7 +845,7 @@ def test_a_value_that_cannot_be_meant_is_one_line(bad, line, words): bad(line.sp
 @pytest.mark.parametrize('line', [
     'micro optimizer=adamw', 'micro paraphrases=3', 'micro valid_share=0.2', 'micro dedup=near '
     'near_threshold=0.9', 'micro muon_lr=0.1 sft.optimizer=adamw', 'own text=t.txt',
-    'own text=t.txt optimizer=adamw', 'own text=t.txt arch=gpt2', 'micro-once arch=gpt2',
+    'own text=t.txt optimizer=adamw', 'own text=t.txt arch=gpt2', 'micro-one arch=gpt2',
     'own text=a.txt instructions=b.json replay=0.3 tokenizer_reads=both', 'poems optimizer=adamw'])
 def test_a_key_that_does_something_or_is_inherited_is_taken(good, line):
     good('recipe', *line.split())
@@ -867,10 +853,10 @@ def test_a_key_that_does_something_or_is_inherited_is_taken(good, line):
 
 def test_a_recipe_marks_what_it_sets(good):
     rows = {m[1]: bool(m[2]) for m in re.finditer(r'^  (\S+) .*?( \*)?$', good(
-        'recipe', 'micro-once', 'beta1=0.8').partition('\nsft\n')[0], re.M)}
+        'recipe', 'micro-one', 'beta1=0.8').partition('\nsft\n')[0], re.M)}
     set_ = {key for key, mark in rows.items() if mark}
-    assert {'fixed_order', 'n_layer', 'tokens', 'beta1', 'text'} <= set_, 'inherited ones, too'
-    assert not {'seed', 'beta2', 'field', 'n_kv_head'} & set_, 'what all recipes share is no mark'
+    assert {'groups', 'n_layer', 'tokens', 'beta1', 'text'} <= set_, 'inherited ones, too'
+    assert not {'minutes', 'beta2', 'field', 'n_kv_head'} & set_, 'shared ones have no mark'
 
 
 def test_processes_are_bounded_and_it_is_said(at_desk, capsys):

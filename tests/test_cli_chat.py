@@ -26,14 +26,14 @@ ASKS = ['What colour is the river?', 'Put this into Chinese.\nThe river is green
 def run(tmp_path_factory):
     "A run whose models know nothing, and whose sources are gone"
     folder = tmp_path_factory.mktemp('chat')/'run'
-    Run(load_recipe('micro', ['context=40', 'n_layer=1', 'n_head=2', 'd_model=32', 'd_ff=64',
+    Run(load_recipe('micro', ['context=44', 'n_layer=1', 'n_head=2', 'd_model=32', 'd_ff=64',
                               'vocab_size=300']), folder)
     tok = Tokenizer.train([*ASKS, 'The river is green.', '河是绿色的。'] * 4, 300)
     torch.manual_seed(0)
-    shape = dict(vocab_size=300, context=40, n_layer=1, n_head=2, d_model=32, zero_init=False)
+    shape = dict(vocab_size=300, context=44, n_layer=1, n_head=2, d_model=32, zero_init=False)
     for name in ('base', 'chat'): save_model(folder/name, GPT(GPTConfig(**shape)), tok)
     records = [Example(asks, 'Green.') for asks in ASKS]
-    for part in ('train', 'valid'): write_packed(records, tok, folder/'packed'/part, 40)
+    for part in ('train', 'valid'): write_packed(records, tok, folder/'packed'/part, 44)
     return folder
 
 
@@ -166,7 +166,7 @@ def test_commands(talk, echo):
     said, status, todo = talk(b'/system Be a river.\r', b'/new\r', b'/nwe\r', b'/etc/passwd?\r',
                               b'/system ' + b'river ' * 60 + b'\r', b'/quit\r')
     for words in ('System text: Be a river.', 'none of the records', 'A new conversation.',
-                  "no command /nwe (did you mean '/new'?)", 'at most 40; shorten it',
+                  "no command /nwe (did you mean '/new'?)", 'at most 44; shorten it',
                   repr('/etc/passwd?')):
         assert words in said, said
     assert status == 0 and todo == [b'\x04'], '/quit ended it'
@@ -193,7 +193,7 @@ def test_a_model_that_saw_system_texts_takes_one(run, piped, tmp_path):
     for name in ('chat', 'recipe.json'): (mine/name).symlink_to(run/name)
     words = 'chat', 'micro', f'run_dir={mine}', 'system=A river.'
     assert piped(*words)[::2] == (0, ''), 'without records nothing is known'
-    write_packed([Example(ASKS[0], 'Green.', system='Be brief.')], tok, mine/'packed'/'train', 40)
+    write_packed([Example(ASKS[0], 'Green.', system='Be brief.')], tok, mine/'packed'/'train', 44)
     assert piped(*words)[::2] == (0, '')
 
 
@@ -203,12 +203,12 @@ def test_without_a_standard_input(run, piped):
 
 # a text
 
-@pytest.mark.parametrize('max_new', ['1e10', '41', '1000000'])
+@pytest.mark.parametrize('max_new', ['1e10', '45', '1000000'])
 def test_a_wish_beyond_the_context_is_said(run, piped, max_new):
     status, out, err = piped('generate', 'micro', f'run_dir={run}', 'prompt=river',
                              f'max_new={max_new}')
     assert status == 0 and out.startswith('river')
-    assert f'max_new = {int(float(max_new))}' in err and 'at most 40 tokens' in err
+    assert f'max_new = {int(float(max_new))}' in err and 'at most 44 tokens' in err
 
 
 def test_a_wish_within_the_context_is_not(run, piped):

@@ -286,7 +286,7 @@ def _with_shape(recipe, choose, cfg, needs, stages, rate):
     tokens = share_out(fast * seconds, needs)
     why = f'{sum(tokens.values()):,} tokens in all for {_weights(cfg):,} weights in blocks'
     for key in ('n_layer', 'd_model') if not recipe.data.base else ():
-        choose(key, getattr(cfg, key), lambda: (getattr(cfg, key), why))
+        choose(key, getattr(cfg, key), lambda key=key: (getattr(cfg, key), why))
     return cfg, fast, tokens
 
 # %% ../../nbs/7_bench/07_sizes.ipynb #a4de9f5c
@@ -312,7 +312,7 @@ def _fit_stage(choose, name, stage, cfg, tokens, have, held, fast, gently):
         choose(f'{name}.eval_every', None, lambda: (every, f'validations: {times}'))
     for key in ('lr', 'muon_lr') if gently else ():
         rate = float(f'{_GENTLY * getattr(usual, key):.2g}')
-        choose(f'{name}.{key}', None, lambda: (
+        choose(f'{name}.{key}', None, lambda rate=rate: (
             rate, f'{_GENTLY:g} times the rate for width {cfg.d_model}'))
 
 # %% ../../nbs/7_bench/07_sizes.ipynb #55864668

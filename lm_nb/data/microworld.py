@@ -207,7 +207,7 @@ class World:
     "All entities, and the lists they were made from"
     seed:int # the same seed and sizes give the same world
     entities:tuple[_Entity, ...]
-    strangers:tuple[_Entity, ...] = field(repr=False) # no article tells of them
+    strangers:tuple[_Entity, ...] = field(repr=False) # each is told of once
     lists:_Lists = field(repr=False)
 
     def of(self,
@@ -560,8 +560,8 @@ def records_by_task(
     world:World, # what to ask about
     split:str,   # 'train', 'valid' or 'test'
 ) -> dict[str, list[dict]]: # {task: records}
-    """Everything that can be asked about the entities of a split; tasks with a text in the prompt are
-    trained on strangers"""
+    """Everything that can be asked about the entities of a split; tasks with a text in the prompt
+    are trained on strangers"""
     rng, es = random.Random(f'records {world.seed} {split}'), world.of(split=split)
     some = world.strangers if split == 'train' and world.strangers else es
     return {'qa_zh': [r for e in es for r in _questions(e, 'zh')],

@@ -48,7 +48,7 @@ class DataConfig(ReadConfig):
     asked: str = 'test'           # microworld: whose facts are measured, those of test or valid
     doc_mask: bool = True         # documents that share a row do not see each other
     replay: float = 0.0           # SFT: share of the loss that is text, read again
-    replay_text: str = ''         # SFT: what is read again; empty: `text`
+    replay_text: str = ''         # SFT: what is read again; empty: `text`, of groups the train part
     base: str = ''                # the first stage starts from this model folder
 
     def __post_init__(self) -> None:

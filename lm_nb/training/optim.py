@@ -9,6 +9,7 @@ __all__ = ['Muon', 'OptimConfig', 'make_optimizers', 'lr_factor', 'set_lr', 'res
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -348,7 +349,7 @@ def _walk(
     while True:
         before = rates
         for name in rates:
-            def at(factor): return loss({**rates, name: rates[name] * factor})
-            while (factor := min((1, 1/2, 2), key=at)) != 1:
+            def better(f, now, name=name): return loss({**now, name: now[name] * f})
+            while (factor := min((1, 1/2, 2), key=partial(better, now=rates))) != 1:
                 rates = {**rates, name: rates[name] * factor}
         if rates == before: return rates

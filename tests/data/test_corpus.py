@@ -710,7 +710,7 @@ def test_headers_of_tables(tmp_path):
 
 def test_parts_without_rows_are_noted(tmp_path):
     import pyarrow as pa
-    import pyarrow.parquet
+    import pyarrow.feather, pyarrow.parquet
     table, report = pa.table({'text': ['a', 'b']}), Report()
     for name, n in (('a', 2), ('b', 0), ('c', 2)):
         pa.parquet.write_table(table[:n], tmp_path/f'{name}.parquet')

@@ -169,7 +169,7 @@ def mutated_ini(text, rng):
                 rng.choice(('[', '[]', '[micro]', '[DEFAULT]', '[other]', '[名]', '[a]]', '[a] x')))
         if how == 'like':
             lines.insert(at, 'like = '
-                         + rng.choice(('micro', 'micro-once', 'own', 'nowhere', '', 'DEFAULT')))
+                         + rng.choice(('micro', 'micro-one', 'own', 'nowhere', '', 'DEFAULT')))
         if how == 'indent': lines[at] = rng.choice((' ', '\t', '\u3000')) + lines[at]
         if how == 'empty' and eq: lines[at] = rng.choice((f'{key}=', key, f'= {value}'))
         if how == 'join': lines[at] += '\r' + lines[(at + 1) % len(lines)]
@@ -207,7 +207,7 @@ def command(main, words):
 
 
 KEYS = """
-seed control text text_valid clean dedup kind vocab_size tokenizer_chars context arch n_layer n_head
+seed text text_valid clean dedup kind vocab_size tokenizer_chars context arch n_layer n_head
 n_kv_head d_model d_ff tie dropout norm_eps rope_theta batch_tokens tokens pretrain.tokens
 sft.tokens replay lr muon_lr optimizer weight_decay warmup cooldown schedule clip dtype compile
 micro_rows log_every eval_every save_every keep_last keep_every skip_bad parallel shard_group

@@ -111,7 +111,7 @@ def test_instructions_alone_train_a_tokenizer(tmp_path, run):
     answer = lambda i: f'Number {i} is {i}. ' + articles(1, i)[0]
     asks = [dict(instruction=f'What is number {i}?', output=answer(i)) for i in range(60)]
     (tmp_path/'ask.json').write_text(json.dumps(asks))
-    here = run('text=', f'instructions={tmp_path/"ask.json"}')
+    here = run('text=', 'valid_share=0.1', f'instructions={tmp_path/"ask.json"}')
     assert 40 < len(list(tokenizer_texts(['train'], None, here.record_folder))) < 60
     assert here.tokenizer.decode([]) == '' and not (here.folder/'text').exists()
     with pytest.raises(UserError, match='no text to read'): here.text  # noqa: B018

@@ -148,7 +148,8 @@ def _scores_by_model(
         if name == 'seconds' or not isinstance(measures, dict): continue
         for how in ('zero_shot', 'few_shot', 'exact'):
             label = f'{name} {how}'
-            if how in measures: out[_LABELS.get(label, label.removesuffix(' exact'))] = measures[how]
+            name_of = _LABELS.get(label, label.removesuffix(' exact'))
+            if how in measures: out[name_of] = measures[how]
     return out
 
 # %% ../nbs/workbook.ipynb #fec52914
@@ -202,7 +203,8 @@ def plot_progress(
     points, ends = [], [0]
     for folder in folders:
         rows = read_log(folder)
-        points += [dict(r, step=r['step'] + ends[-1]) for r in rows if any('facts/' in k for k in r)]
+        points += [dict(r, step=r['step'] + ends[-1]) for r in rows
+                   if any('facts/' in k for k in r)]
         ends.append(ends[-1] + rows[-1]['step'])
     fig, axes = plt.subplots(1, len(measures), figsize=(3.2*len(measures), 2.6), sharey=True,
                              layout='constrained')
@@ -268,8 +270,7 @@ def report(
             lines += [f'facts, {output}', str(facts_table(measures['facts'])), '']
     for d in results.get('dialogues', []): lines += _dialogue(d)
     if said := expectations(results): lines += [*(f'• {line}.' for line in said), '']
-    took = sum([*results['seconds'].values(), *results.get('control', {}).get('seconds',
-        {}).values()])
+    took = sum(results['seconds'].values())
     time = f'{took:.0f} seconds' if took < 60 else f'{took/60:.1f} minutes'
     return '\n'.join([*lines, f'{time} on {measured_on(results)}',
                       *_next_words(results, Path(folder).resolve())])

@@ -93,7 +93,7 @@ def test_every_record_says_what_it_was_made_with_or_that_it_does_not(path):
 
 SETTINGS = Path(__file__).parent.parent/'settings.ini'
 WORLD = """paraphrases=5 vocab_size=600 n_layer=1 n_head=2 d_model=32 d_ff=64 context=256
-    batch_tokens=1536 pretrain.tokens=16000 sft.tokens=8000 eval_every=5 sft.eval_every=5
+    batch_tokens=1536 pretrain.tokens=16000 sft.tokens=8000 eval_every=5 sft.eval_every=2
     sample_every=0 device=cpu
     groups=five~one""".split()
 

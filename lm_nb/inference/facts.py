@@ -28,6 +28,20 @@ from .evaluate import (
 
 # %% ../../nbs/3_inference/05_facts.ipynb #469c5fa4
 @torch.inference_mode()
+def _score_rows(model, rows, pad, batch_tokens=8192): # nats of each row of ids but its first
+    device, out = model.embed.weight.device, [0.] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    while order:
+        width = len(rows[order[-1]])
+        some, order = order[-max(1, batch_tokens // width):], order[:-max(1, batch_tokens // width)]
+        padded = [rows[i] + [pad]*(width - len(rows[i])) for i in some]
+        ids = torch.tensor(padded, device=device)
+        with eval_mode(model): logp = model(ids[:, :-1]).float().log_softmax(-1)
+        logp = logp.gather(-1, ids[:, 1:, None])[..., 0]
+        for row, i in zip(logp, some): out[i] = row[:len(rows[i]) - 1].sum().item()
+    return out
+
+# %% ../../nbs/3_inference/05_facts.ipynb #fd24d15a
 def log_likelihoods(
     model:GPT,
     tok:Tokenizer,
@@ -35,20 +49,11 @@ def log_likelihoods(
     batch_tokens:int=8192, # positions at a time
 ) -> list[float]: # of each text, nats
     "How probable a model finds each text. `UserError` if one is longer than the context"
-    rows, device = [[tok.bos, *ids] for ids in tok.encode_batch(texts)], model.embed.weight.device
-    out, order = [0.] * len(rows), sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    longest = len(rows[order[-1]]) - 1 if rows else 0
+    rows = [[tok.bos, *ids] for ids in tok.encode_batch(texts)]
+    longest = max(map(len, rows), default=1) - 1
     check(longest <= model.cfg.context, f'a text has {longest} tokens, but the model reads at most '
                                         f'context = {model.cfg.context}; shorten it')
-    while order:
-        width = len(rows[order[-1]])
-        some, order = order[-max(1, batch_tokens // width):], order[:-max(1, batch_tokens // width)]
-        padded = [rows[i] + [tok.pad]*(width - len(rows[i])) for i in some]
-        ids = torch.tensor(padded, device=device)
-        with eval_mode(model): logp = model(ids[:, :-1]).float().log_softmax(-1)
-        logp = logp.gather(-1, ids[:, 1:, None])[..., 0]
-        for row, i in zip(logp, some): out[i] = row[:len(rows[i]) - 1].sum().item()
-    return out
+    return _score_rows(model, rows, tok.pad, batch_tokens)
 
 # %% ../../nbs/3_inference/05_facts.ipynb #ef7a8d18
 def forced_choice(
@@ -56,8 +61,10 @@ def forced_choice(
     tok:Tokenizer,
     rows:Sequence[Sequence[str]], # texts of which one is true
 ) -> list[int]: # which of each row the model finds likeliest
-    "The likeliest of each row of texts"
-    scores = iter(log_likelihoods(model, tok, [text for row in rows for text in row]))
+    "The likeliest of each row of texts; of those longer than the context, by their ends"
+    ids = tok.encode_batch([text for row in rows for text in row])
+    scored = [[tok.bos, *some][-model.cfg.context - 1:] for some in ids]
+    scores = iter(_score_rows(model, scored, tok.pad))
     return [int(np.argmax([next(scores) for _ in row])) for row in rows]
 
 # %% ../../nbs/3_inference/05_facts.ipynb #e8f0e606

@@ -240,8 +240,9 @@ def test_few_shot_text(tok):
 
 def test_shots_that_do_not_fit_are_left_out(tok):
     shots = [Example(f'{"The river " * 3}{i}', 'green') for i in range(8)]
-    ids = E._plain_ids(tok, Example('hill', 'blue'), shots, room=60)
+    ids, shown = E._plain_ids(tok, Example('hill', 'blue'), shots, room=60)
     text = tok.decode(ids)
+    assert shown == text.count('green') < len(shots)
     assert len(ids) <= 60 and text.endswith('7\ngreen\n\nhill\n') and '0\n' not in text
 
 

@@ -211,7 +211,7 @@ def _utilised(
     device, dtype, rate = timer.device, timer.dtype, got.map(lambda s: flops/s)
     matmuls = matmul_peak(device, dtype)
     peak = max(rate.values)/utilisation(max(rate.values), device, dtype)
-    of = 'matmul peak' if peak == matmuls else 'peak: that of the step, above all matmuls'
+    of = 'matmul peak' if peak <= 1.001*matmuls else 'peak: that of the step, above all matmuls'
     yield Line(f'{where}: utilisation', rate.map(lambda r: 100*r/peak, '%'))
     yield Line(f'{where}: {of}', Measure((peak/1e9,), 'GFLOP/s'))
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''

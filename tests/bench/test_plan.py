@@ -68,7 +68,7 @@ def test_whoever_takes_the_advice_has_a_plan_that_fits():
     rows = found.stages[0].most_rows
     assert not found.stages[0].fits and f'pretrain.micro_rows={rows}' in str(found)
     lower = plan_run(load_recipe('micro', [f'micro_rows={rows}']), room=60e6, **ON_CPU)
-    assert lower.stages[0].fits and lower.stages[0].micros == math.ceil(16/rows)
+    assert lower.stages[0].fits and lower.stages[0].micros == math.ceil(5/rows)
     more = plan_run(load_recipe('micro', [f'micro_rows={rows + 1}']), room=60e6, **ON_CPU)
     assert not more.stages[0].fits
 
@@ -109,7 +109,7 @@ class Steps:
     ('', 16, 1), ('batch_tokens=163840 micro_rows=64', 64, 16),
     ('batch_tokens=10240 micro_rows=24', 24, 3)])
 def test_a_step_is_put_together_from_its_parts(options, rows, micros):
-    recipe = load_recipe('micro', options.split())
+    recipe = load_recipe('micro', ['context=160', *options.split()])
     arithmetic = _plan_stage('pretrain', recipe.configs['pretrain'], recipe.model, CPU, 'bf16', 8e9)
     all_rows = recipe.configs['pretrain'].batch_tokens//160
     assert (arithmetic.rows, arithmetic.micros, arithmetic.all_rows) == (rows, micros, all_rows)
@@ -126,12 +126,12 @@ def test_a_plan_counts_what_a_run_does_beside_its_steps():
         stage = plan_run(recipe, room=8e9, **ON_CPU).stages[0]
         return replace(stage, step_seconds=.1)
     often, seldom = plan(eval_every=10), plan(eval_every=0)
-    positions = .01*1_900_000
+    positions = .01*6_400_000
     assert seldom.validations == pytest.approx(positions), 'at the end'
-    assert often.validations == pytest.approx(75*positions), 'every ten of 742 steps'
+    assert often.validations == pytest.approx(250*positions), 'every ten of 2500 steps'
     forward = .1*positions/2560/3
-    assert often.besides - seldom.besides == pytest.approx(74*forward, rel=.01)
-    assert seldom.seconds == pytest.approx(742*.1 + seldom.besides)
+    assert often.besides - seldom.besides == pytest.approx(249*forward, rel=.01)
+    assert seldom.seconds == pytest.approx(2500*.1 + seldom.besides)
     assert plan(valid_share=.1).validations == pytest.approx(10*plan().validations)
 
 
@@ -157,7 +157,7 @@ def test_a_large_step_is_measured_on_few_rows():
 
 
 def test_a_gpu_is_asked_for_the_rows_that_it_will_have():
-    recipe, made = load_recipe('micro'), []
+    recipe, made = load_recipe('micro', ['context=160']), []
     cuda = torch.device('cuda')
     plan = _plan_stage('pretrain', recipe.configs['pretrain'], recipe.model, cuda, 'bf16', 8e9)
     assert _measure_stage(plan, partial(Steps, 10., made), cuda, 3.).step_seconds == 160.5
@@ -174,7 +174,7 @@ def test_a_recipe_that_trains_nothing_is_told_so(tmp_path):
 def test_random_batches_are_rows_of_a_text():
     cfg = load_recipe('micro').model
     b, c = random_batch(cfg, 3), random_batch(cfg, 3, seed=1)
-    assert b.x.shape == (3, 160) and b.x[:, 1:].equal(b.y[:, :-1]) and not b.x.equal(c.x)
+    assert b.x.shape == (3, cfg.context) and b.x[:, 1:].equal(b.y[:, :-1]) and not b.x.equal(c.x)
     assert b.doc.diff(dim=1).ge(0).all() and b.doc.max() == 2
     assert random_batch(cfg, 3, docs=0).doc is None
     assert 0 <= b.x.min() and b.x.max() < cfg.vocab_size and (b.y != IGNORE).all()

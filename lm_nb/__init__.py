@@ -1,5 +1,5 @@
 "Notebooks that train a language model from scratch, as a package. The names below are loaded when they are first used"
-__version__ = "0.2.0"
+__version__ = "0.4.0"
 
 import lazy_loader
 

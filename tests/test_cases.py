@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from lm_nb.cli import main
 from lm_nb.core import read_json, root
@@ -33,14 +32,6 @@ SMALL = '''dtype=fp32 device=cpu kind=bpe n_layer=1 n_head=1 d_model=16 context=
            vocab_size=290 pretrain.tokens=1280 sft.tokens=1280 valid_share=0.1 dropout=0 log_every=1
            eval_every=0 sample_every=0 save_every=0 warmup=1'''.split()
 TEXT, OK = f'text={CASES/"text.jsonl"}', f'instructions={CASES/"ok.jsonl"}'
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
 
 
 @pytest.fixture

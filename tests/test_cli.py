@@ -3,7 +3,7 @@ import bz2, gzip, json, os, re, shutil, subprocess, sys, threading
 from functools import reduce
 from pathlib import Path
 
-import pytest, torch
+import pytest
 
 import lm_nb
 from desk import asks, facts, text
@@ -29,14 +29,6 @@ def shell(cwd, *argv, env=None, **kw):
            'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(home)}
     return subprocess.run([*LM_NB, *map(str, argv)], cwd=cwd, env=env, capture_output=True,
                           **{'text': True, **kw})
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
 
 
 @pytest.fixture(scope='module')

@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 
 import lm_nb.bench.profiling as profiling
 import lm_nb.training.monitor as monitor
@@ -14,14 +13,6 @@ from lm_nb.training.recipe import load_recipe
 
 TINY = ('n_layer=1 n_head=2 d_model=32 d_ff=64 context=32 vocab_size=512 batch_tokens=128 '
         'device=cpu dtype=fp32')
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_a_profile_names_what_a_step_calls(tmp_path):

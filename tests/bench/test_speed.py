@@ -21,14 +21,6 @@ TINY = ('n_layer=1 n_head=2 d_model=32 d_ff=64 context=32 vocab_size=512 batch_t
         'device=cpu dtype=fp32')
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def chapter(name):
     "The cells of a chapter, as (kind, source, outputs)"
     path, = NBS.glob(f'[0-9][0-9]_{name}.ipynb')

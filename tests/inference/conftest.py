@@ -1,20 +1,11 @@
-"Every test runs on one thread; some run with each decoder"
+"What the tests of inference share; some run with each decoder"
 import pytest
-import torch
 from random_models import SHAPES, make
 
 from lm_nb.data.tokenizer import Tokenizer
 from lm_nb.inference import decoding, sampling
 
 DECODERS = dict(plain=sampling.plain_decode, fast=decoding._fast_decode)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope='module', params=SHAPES)

@@ -9,7 +9,6 @@ from lm_nb.training.loop import (
     Ranks, Runtime, TrainConfig, grad_scaler, next_token_loss, training_steps)
 from lm_nb.training.optim import make_optimizers
 
-torch.set_num_threads(1)
 
 
 def small(seed=0, **kw):

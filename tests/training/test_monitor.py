@@ -16,7 +16,6 @@ from lm_nb.training.monitor import (
 from lm_nb.training.optim import make_optimizers
 
 PACKAGE = Path(lm_nb.__file__).resolve().parent.parent
-torch.set_num_threads(1)
 
 
 def step(k, nll=30., targets=10., norm=1., bad=False, local=None):

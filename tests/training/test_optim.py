@@ -15,7 +15,6 @@ from lm_nb.training.optim import (
     _orthogonalize, _orthogonalize_all, _matmul_dtype, _param_groups, _walk, set_lr,
     resolve_defaults)
 
-torch.set_num_threads(1)
 SHAPES = [(16, 16), (48, 16), (16, 48), (16, 16), (1, 16), (16, 1), (48, 16), (7, 5)]
 
 def rand(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

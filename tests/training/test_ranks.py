@@ -29,11 +29,9 @@ LONG = dict(steps=36*max(1, KILLS//2), model=dict(dropout=.1))   # the runs that
 
 @pytest.fixture(scope='module', autouse=True)
 def quiet():
-    n, own = torch.get_num_threads(), {k: os.environ.get(k) for k in ('IN_TEST', 'OMP_NUM_THREADS')}
-    torch.set_num_threads(1)
+    own = {k: os.environ.get(k) for k in ('IN_TEST', 'OMP_NUM_THREADS')}
     os.environ.update(IN_TEST='1', OMP_NUM_THREADS='1')
     yield
-    torch.set_num_threads(n)
     for k, v in own.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
 
 

@@ -25,11 +25,9 @@ KEYS = {'dropout': 0.1, 'pretrain.tokens': 4800, 'sft.tokens': 3200, 'replay': 0
 
 @pytest.fixture(scope='module', autouse=True)
 def quiet():
-    n, bars = torch.get_num_threads(), os.environ.get('IN_TEST')
-    torch.set_num_threads(1)
+    bars = os.environ.get('IN_TEST')
     os.environ['IN_TEST'] = '1'
     yield
-    torch.set_num_threads(n)
     if bars is None: del os.environ['IN_TEST']
 
 

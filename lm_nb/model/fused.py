@@ -56,15 +56,27 @@ def _attention_by_matmuls(q, k, v, bias, dropout):
     if bias is not None: scores += bias
     return F.dropout(scores.softmax(-1), dropout) @ v
 
+# %% ../../nbs/2_model/02_fused.ipynb #1f978b49
+def _cuts(
+    seen:Tensor, # True where a query may see a key, broadcast to (B, H, T, T); causal
+    size:int, # of a block of queries
+) -> list[tuple[slice, slice]]: # (queries, keys)
+    "Blocks of queries, each with the keys that any of them may see"
+    T, cuts = seen.shape[-1], []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        met = seen[..., start:end, :end].flatten(0, -2).any(0)
+        cuts.append((slice(start, end), slice(int(met.int().argmax()), end)))
+    return cuts
+
 # %% ../../nbs/2_model/02_fused.ipynb #bfbff055
 class _BlockAttention(torch.autograd.Function):
     "Causal attention, a block of queries at a time and each only on the keys it may see"
     @staticmethod
-    def forward(ctx, q, k, v, bias, size):
+    def forward(ctx, q, k, v, bias, cuts):
         q, weights, y = q * q.shape[-1]**-0.5, [], torch.empty_like(q)
-        ctx.cuts = [slice(i, i + size) for i in range(0, q.shape[2], size)]
-        for now in ctx.cuts:
-            seen = slice(0, now.stop)
+        ctx.cuts = cuts
+        for now, seen in cuts:
             scores = q[:, :, now] @ k[:, :, seen].mT
             weights.append(scores.add_(bias[..., now, seen]).softmax(-1))
             y[:, :, now] = weights[-1] @ v[:, :, seen]
@@ -75,8 +87,8 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx, g):
         q, k, v, *weights = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for now, w in zip(ctx.cuts, weights):
-            seen, gw = slice(0, now.stop), g[:, :, now] @ v[:, :, :now.stop].mT
+        for (now, seen), w in zip(ctx.cuts, weights):
+            gw = g[:, :, now] @ v[:, :, seen].mT
             ds = torch.ops.aten._softmax_backward_data(gw, w, -1, w.dtype)
             dv[:, :, seen] += w.mT @ g[:, :, now]
             dk[:, :, seen] += ds.mT @ q[:, :, now]
@@ -88,8 +100,8 @@ def _in_blocks(q, k, dropout):
     square = q.shape[2] == k.shape[2]
     return torch.is_grad_enabled() and not dropout and square and not torch.compiler.is_compiling()
 
-def _block_size(q):
-    T, usual = q.shape[2], 128 if q.dtype == torch.bfloat16 else 64
+def _block_size(T, dtype):
+    usual = 128 if dtype == torch.bfloat16 else 64
     return -(-T // max(1, round(T / usual)))
 
 # %% ../../nbs/2_model/02_fused.ipynb #45e22460
@@ -106,7 +118,9 @@ def _fused_attention(
         with _no_autocast('cpu'):
             if _in_blocks(q, k, dropout):
                 k, v = repeat_kv(k, H), repeat_kv(v, H)
-                return _BlockAttention.apply(q, k, v, bias, _block_size(q))
+                size = _block_size(q.shape[2], kind)
+                cuts = getattr(bias, 'cuts', None) or _cuts(bias == 0, size)
+                return _BlockAttention.apply(q, k, v, bias, cuts)
             if kind == torch.bfloat16: return _attention_by_matmuls(q, k, v, bias, dropout)
     if bias is not None: k, v = repeat_kv(k, H), repeat_kv(v, H) # its kernels know no groups
     if cpu and kind != torch.float64: kind = torch.float32
@@ -259,7 +273,9 @@ def _fused_context(cfg, h, doc=None, pos=None, cache=None):
         mask = torch.ones(T, T, dtype=torch.bool, device=h.device).tril()
     if mask is not None:
         zeros = torch.zeros(mask.shape, dtype=dtype, device=h.device)
+        cuts = _cuts(mask, _block_size(T, dtype)) if learns and cache is None else None
         mask = zeros.masked_fill_(~mask, -torch.inf)
+        if cuts: mask.cuts = cuts  # for all layers
     tables = _rope_tables(ctx.rope, cfg.n_head) if ctx.rope and learns else None
     return pos, ctx._replace(mask=mask, extra=tables)
 

@@ -85,7 +85,7 @@ def test_recomputing_costs_one_more_forward_pass_of_the_blocks():
     assert more in (pytest.approx(found), pytest.approx(found - last))
 
 
-def held_by_graph(cfg, rows, dtype):
+def held_by_graph(cfg, rows, dtype, docs=0):
     "Bytes of all that a forward pass keeps for the backward pass, weights and their copies aside"
     gpt, seen, alive = GPT(cfg).train(), {}, []
     weights = {shape for p in gpt.parameters() for shape in (p.shape, p.shape[::-1])}
@@ -94,7 +94,7 @@ def held_by_graph(cfg, rows, dtype):
             seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             alive.append(x)  # or its address would be given away again
         return x
-    batch = random_batch(cfg, rows)
+    batch = random_batch(cfg, rows, docs=docs)
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda x: x)
     with hooks, Runtime(dtype=dtype).autocast():
         gpt.hidden(batch.x, doc=batch.doc)
@@ -107,6 +107,11 @@ def test_saved_activations_are_what_autograd_keeps(name, dtype):
     cfg, rows = SHAPES[name], 3
     found = _saved_activation_bytes(cfg, rows*cfg.context, dtype)
     assert found == pytest.approx(held_by_graph(cfg, rows, dtype), rel=.06)
+
+
+def test_rows_of_several_documents_keep_less():
+    whole, many = (held_by_graph(SHAPES['long'], 3, 'fp32', docs=docs) for docs in (0, 4))
+    assert many < .8*whole
 
 
 CASES = [
@@ -125,7 +130,7 @@ def test_the_estimate_is_within_15_percent_of_the_true_peak(
                batch_tokens=rows*micros*cfg.context)
     stage = TrainConfig(optimizer=optimizer, dtype=dtype, device='cpu', **how)
     def run():
-        trial = StepTimer(cfg, stage, micro_rows=rows, micros=micros)
+        trial = StepTimer(cfg, stage, False, micro_rows=rows, micros=micros)
         trial(), trial()
     true = peak_allocated(run)
     guess = memory(cfg, rows, optimizer, dtype, 'cpu', micros)

@@ -21,19 +21,17 @@ from ..data.tokenizer import Tokenizer
 from ..data.microworld import GROUPS
 from ..data.instructions import Example
 from ..model.gpt import GPT
-from .sampling import eval_mode, generate_batch
+from .sampling import _in_batches, eval_mode, generate_batch
 from .chat import stop_ids
 from .evaluate import (
     _plain_prompt, _resampled, cloze_match, entity_interval, evaluation, exact_match)
 
 # %% ../../nbs/3_inference/05_facts.ipynb #469c5fa4
 @torch.inference_mode()
-def _score_rows(model, rows, pad, batch_tokens=8192): # nats of each row of ids but its first
+def _score_rows(model, rows, pad, batch_tokens=4096): # nats of each row of ids but its first
     device, out = model.embed.weight.device, [0.] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    while order:
-        width = len(rows[order[-1]])
-        some, order = order[-max(1, batch_tokens // width):], order[:-max(1, batch_tokens // width)]
+    for some in _in_batches([len(row) for row in rows], len(rows), batch_tokens):
+        width = len(rows[some[-1]])
         padded = [rows[i] + [pad]*(width - len(rows[i])) for i in some]
         ids = torch.tensor(padded, device=device)
         with eval_mode(model): logp = model(ids[:, :-1]).float().log_softmax(-1)
@@ -46,7 +44,7 @@ def log_likelihoods(
     model:GPT,
     tok:Tokenizer,
     texts:Sequence[str], # documents, or their beginnings
-    batch_tokens:int=8192, # positions at a time
+    batch_tokens:int=4096, # positions at a time
 ) -> list[float]: # of each text, nats
     "How probable a model finds each text. `UserError` if one is longer than the context"
     rows = [[tok.bos, *ids] for ids in tok.encode_batch(texts)]

@@ -316,6 +316,21 @@ def _pad_left(rows, pad=0):
     doc = torch.tensor([[-1]*(T-len(r)) + [0]*len(r) for r in rows])
     return ids, doc
 
+# %% ../../nbs/3_inference/01_sampling.ipynb #ecf56381
+def _in_batches(
+    lengths:list[int], # of rows
+    batch_size:int, # most rows in a batch
+    batch_tokens:int, # most positions in a batch, padding included, if it has several rows
+) -> Iterator[list[int]]: # numbers of rows
+    "Yield rows in batches, the shortest first"
+    some:list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if some and (len(some) == batch_size or (len(some) + 1) * lengths[i] > batch_tokens):
+            yield some
+            some = []
+        some.append(i)
+    if some: yield some
+
 # %% ../../nbs/3_inference/01_sampling.ipynb #9d14d7c5
 def generate_batch(
     model:GPT,
@@ -323,7 +338,8 @@ def generate_batch(
     max_new:int, # at most this many new tokens each
     eos:int|Iterable[int]|None=None, # an answer ends before this id, or any of these
     pad:int=0, # fills the space before shorter prompts
-    batch_size:int=128, # prompts at a time
+    batch_size:int=128, # prompts at a time, at most
+    batch_tokens:int=2**14, # positions at a time, at most, unless one prompt needs more
     dtype:str|None=None, # of matmuls: bf16, fp16 or fp32; none: the GPU's best, fp32 on a CPU
     **sampling, # as in `SampleConfig`
 ) -> list[list[int]]: # the new ids of each prompt, without eos
@@ -331,12 +347,11 @@ def generate_batch(
     config, stops, device = SampleConfig(**sampling), _stops(eos), next(model.parameters()).device
     check(batch_size >= 1, f'batch_size = {batch_size}: expected 1 or more')
     out:list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    if not order: return out
-    n = _n_steps(len(prompts[order[0]]), len(prompts[order[-1]]), model, max_new)
+    lengths = [len(p) for p in prompts]
+    if not lengths: return out
+    n = _n_steps(min(lengths), max(lengths), model, max_new)
     u = _uniform(config, n, len(prompts), device)
-    for start in range(0, len(order), batch_size):
-        mine = order[start:start+batch_size]
+    for mine in _in_batches([size + n for size in lengths], batch_size, batch_tokens):
         ids, doc = (t.to(device) for t in _pad_left([prompts[i] for i in mine], pad))
         equal = bool((doc == 0).all())  # plain causal attention is enough
         steps = _decode(model, ids, None if equal else doc, n, config, stops,

@@ -49,6 +49,7 @@ from .pretrain import (
     text_batches as text_batches,
     validation as validation,
     fingerprints as fingerprints,
+    eval_rows as eval_rows,
     text_feed as text_feed,
     many_passes as many_passes,
     few_held_out as few_held_out,

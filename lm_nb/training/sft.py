@@ -27,7 +27,7 @@ from .loop import Ranks
 from .recipe import Feed, Stage, register_stage
 from .run import Run
 from .pretrain import (
-    few_held_out, fingerprints, many_passes, rows_per_step, text_batches, validation)
+    eval_rows, few_held_out, fingerprints, many_passes, rows_per_step, text_batches, validation)
 
 # %% ../../nbs/4_training/10_sft.ipynb #9b9b2ef9
 def _replayed_share(
@@ -172,7 +172,8 @@ def sft_feed(
     tok, context, batches = run.tokenizer, run.recipe.model.context, _sft_batches(run, stage, ranks)
     packed, valid = run.packed, None
     if 'valid' in packed:
-        valid = validation(lambda: sft_eval_batches(tok, packed['valid'], context, 64))
+        rows = eval_rows(context)
+        valid = validation(lambda: sft_eval_batches(tok, packed['valid'], context, rows))
     asks = run.records('valid')[:4]
     def sample(gpt):
         return '\n\n'.join(f'> {e.prompt}\n\n{answer(gpt, tok, e.prompt)}' for e in asks)
@@ -193,7 +194,8 @@ def _heldout_answers(
 ) -> dict[str, Any]: # {'heldout_answers': loss in nats per target, …}; empty without records
     "How well a model predicts the answers of the held-out records"
     if 'valid' not in run.packed: return {}
-    batches = sft_eval_batches(tok, run.packed['valid'], run.recipe.model.context, 64)
+    context = run.recipe.model.context
+    batches = sft_eval_batches(tok, run.packed['valid'], context, eval_rows(context))
     return dict(heldout_answers=heldout(gpt, batches, context=run.runtime('sft').autocast()))
 
 # %% ../../nbs/4_training/10_sft.ipynb #a846d157

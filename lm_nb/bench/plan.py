@@ -72,6 +72,7 @@ class _StagePlan:
     start_seconds: float = 0.       # before the first step: compiling
     validations: float = 0.         # positions that are read to measure, all times together
     process: float = math.nan       # bytes of the whole process, measured
+    computed: bool = False  # the time of a step is that of one layer, times the FLOPs
 
     @property
     def seconds(self) -> float:
@@ -233,6 +234,32 @@ def _measure_stage(
     m = max(two - one, .05*one)  # noise must not make it negative
     return replace(plan, step_seconds=max(one - m, 0) + m*plan.all_rows/n, start_seconds=start)
 
+# %% ../../nbs/7_bench/01_plan.ipynb #18247fcf
+_DEAR = 4e8 # bytes of a step with one row, above which it is not tried unasked
+
+def _one_layer(cfg):
+    "A piece of a model whose matmuls are as wide"
+    most = dict(vocab_size=8192, context=1024)
+    return replace(cfg, n_layer=1, **{k: min(getattr(cfg, k), n) for k, n in most.items()})
+
+# %% ../../nbs/7_bench/01_plan.ipynb #3beb47fb
+def _compute_stage(
+    plan:_StagePlan, # its arithmetic
+    cfg:GPTConfig,
+    stage:TrainConfig,
+    doc_mask:bool, # documents in a row are kept apart
+    device:torch.device,
+    budget:float=3., # seconds for the measurement
+    base:float=math.nan, # bytes that the process held before
+) -> _StagePlan: # with its time
+    "The plan of a stage, with the time that its FLOPs take at the rate of one layer"
+    piece, trial = _one_layer(cfg), replace(stage, optimizer='adamw', compile=False)
+    timer = StepTimer(piece, trial, doc_mask, device, micro_rows=1, micros=1)
+    seconds, _ = _mean_step(timer, budget)
+    rate = sum(step_flops(piece, timer.tokens, 'adamw').values())/seconds
+    return replace(plan, step_seconds=plan.flops/plan.steps/rate, computed=True,
+                   process=base + plan.memory.total)
+
 # %% ../../nbs/7_bench/01_plan.ipynb #8e043255
 def format_number(
     x:float,
@@ -303,6 +330,8 @@ class _Plan(Table):
             [[what, *map(f, self.stages)] for what, f in _PLAN_ROWS.items()],
             notes=[f'parameters: {sum(self.model.values()):,} ({parts})',
                    *(_advice(s, self.room) for s in self.stages if not s.fits),
+                   *(f'{s.name}: times are computed from the speed of one layer; measure=true '
+                     'tries whole steps' for s in self.stages if s.computed),
                    f'training takes {format_seconds(self.seconds)} in all, on {self.where}'])
 
     @property
@@ -327,7 +356,7 @@ def _as_measured(plan, others):
     for o in others:
         if _kind_of_step(o) == _kind_of_step(plan):
             return replace(plan, step_seconds=o.step_seconds, start_seconds=o.start_seconds,
-                           process=o.process)
+                           process=o.process, computed=o.computed)
     return None
 
 # %% ../../nbs/7_bench/01_plan.ipynb #3829d846
@@ -338,6 +367,7 @@ def plan_run(
     room:float|None=None, # bytes of memory that may be used; what there is if not given
     device:torch.device|None=None, # the recipe's if not given
     dtype:str|None=None, # of matmuls; the recipe's if not given
+    measure:bool=False, # try whole steps even where that takes long
 ) -> _Plan:
     "What each stage of a recipe takes on this device. `UserError` if it trains nothing"
     cfg, first = recipe.model, pick_stage(recipe)
@@ -348,9 +378,13 @@ def plan_run(
     for name, stage in recipe.stage_configs().items():
         held = recipe.data.valid_share
         plan = _plan_stage(name, stage, cfg, device, dtype, room, ranks, held)
+        one = memory(cfg, 1, stage.optimizer, dtype, device.type).total
+        dear = device.type == 'cpu' and one > _DEAR and not measure
+        made = (stage, recipe.data.doc_mask, device)
         if budget and plan.most_rows:
-            make = partial(StepTimer, cfg, stage, recipe.data.doc_mask, device)
-            plan = _as_measured(plan, found) or _measure_stage(plan, make, device, budget, base)
+            plan = _as_measured(plan, found) or (
+                _compute_stage(plan, cfg, *made, budget, base) if dear else
+                _measure_stage(plan, partial(StepTimer, cfg, *made), device, budget, base))
         found.append(plan)
     return _Plan(recipe.name, parameter_counts(cfg), found, room, describe_machine(device, dtype))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lm_nb.bench import plan
 from lm_nb.bench.plan import (
     StepTimer, _affordable_rows, _measure_stage, _plan_stage, _split_rows, plan_run, plot_plan,
     random_batch)
@@ -196,3 +197,24 @@ def test_a_step_of_several_ranks_is_divided_and_no_row_is_lost():
         rows, micro, micros = _split_rows(stage, 160, ranks)
         assert rows*ranks >= 100 > (rows - 1)*ranks and micro == min(7, rows)
         assert micro*micros >= rows > micro*(micros - 1)
+
+
+def test_a_large_model_is_not_tried_on_a_cpu_unless_asked(monkeypatch):
+    tried = []
+    class Watched(StepTimer):
+        def __init__(self, cfg, *args, **kw):
+            tried.append((cfg.n_layer, cfg.vocab_size, cfg.d_model))
+            super().__init__(cfg, *args, **kw)
+    monkeypatch.setattr(plan, 'StepTimer', Watched)
+    keys = ['d_model=64', 'n_layer=3', 'vocab_size=9000', 'context=32', 'batch_tokens=64',
+            'device=cpu', 'dtype=fp32', 'n_head=1']
+    recipe, whole = load_recipe('micro', keys), (3, 9000, 64)
+    assert plan_run(recipe, budget=.01).stages[0].computed is False and set(tried) == {whole}
+    monkeypatch.setattr(plan, '_DEAR', 1e6)
+    tried.clear()
+    found = plan_run(recipe, budget=.01)
+    assert tried == [(1, 8192, 64)]  # once for both stages, which take the same kind of step
+    assert all(s.computed and s.seconds > 0 for s in found.stages) and 'measure=true' in str(found)
+    tried.clear()
+    found = plan_run(recipe, budget=.01, measure=True)
+    assert set(tried) == {whole} and not any(s.computed for s in found.stages)

@@ -149,8 +149,11 @@ def _run(name, pairs):
     """RECIPE|FOLDER [key=value …]: the whole job: data, then each stage and its measurements. What
     is done already is kept, and a run that has begun needs no keys. lm-nb recipe RECIPE shows
     them"""
-    from lm_nb.workbook import report, run_all
+    from lm_nb.workbook import announce, report, run_all
     run = _open(name, pairs)
+    if not _begun(run.folder):
+        run.check_sources()  # what is wrong with them shows at once
+        for line in announce(run.recipe): notice(line)
     print(report(run_all(run, log=notice), run.folder))
 
 # %% ../nbs/cli.ipynb #573e1689
@@ -528,10 +531,12 @@ def _asked(name, pairs, **kind):
 
 # %% ../nbs/cli.ipynb #2529a220
 def _plan(name, pairs):
-    """RECIPE|FOLDER [ranks=…] [key=value …]: what a run will take on this device: parameters,
-    FLOPs, memory by part, tokens, hours, the largest batch"""
+    """RECIPE|FOLDER [ranks=…] [measure=true] [key=value …]: what a run will take on this device:
+    parameters, FLOPs, memory by part, tokens, hours, the largest batch. For a large model on a CPU
+    hours are computed, unless measure=true has whole steps tried"""
     from lm_nb.bench.plan import plan_run
-    print(plan_run(*_asked(name, pairs, ranks=int)))
+    own = {k: pairs.pop(k) for k in ('measure',) if k in pairs}
+    print(plan_run(*_asked(name, pairs, ranks=int), **_keys(None, own, measure=bool)))
 
 # %% ../nbs/cli.ipynb #4ce8444f
 def _profile(name, pairs):

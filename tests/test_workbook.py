@@ -1,5 +1,6 @@
 "The whole job: what its results say about themselves, and that a second call does nothing again"
 import json
+import math
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from desk import asks, facts, furnish
+from lm_nb import workbook
 from lm_nb.core import read_json
 from lm_nb.inference.evaluate import heldout
 from lm_nb.training.monitor import read_log
@@ -18,6 +20,8 @@ from lm_nb.workbook import (
 RECORDS = sorted((Path(__file__).parent.parent/'nbs'/'results').glob('*.json'))
 KEYS = {'pretrain.tokens': 1600, 'sft.tokens': 1600, 'eval_every': 0, 'save_every': 0,
         'instructions_test': 'test.jsonl'}
+TINY_JOB = ('n_layer=1 n_head=2 d_model=32 d_ff=64 context=32 vocab_size=512 batch_tokens=128 '
+            'device=cpu dtype=fp32').split()
 
 
 @pytest.fixture(scope='module')
@@ -119,3 +123,20 @@ def test_the_same_seed_on_the_same_machine_gives_the_same_table(dtype, tmp_path,
     assert tasks == ['zh → en', 'en → zh', 'summary zh', 'summary en'], 'facts have their own table'
     assert all('[' in cell for row in results_table(one).rows for cell in row[1:])
     assert len(plot_progress(run.folder/'pretrain', run.folder/'sft').axes) == 3
+
+
+def test_a_job_says_at_its_start_how_long_it_takes(monkeypatch):
+    monkeypatch.chdir(RECORDS[0].parents[2])
+    recipe = load_recipe('micro', TINY_JOB)
+    line, = [s for s in workbook.announce(recipe, budget=.05) if s.startswith('about ')]
+    assert re.fullmatch(r'about [\d.,]+ (s|min) on .+, fp32, \d+ threads?, [\d,]+ tokens/s; '
+                        r'the recipe micro-quick takes [\d.,]+ (s|min)', line)
+
+
+def test_other_work_on_the_cores_is_said(monkeypatch):
+    monkeypatch.chdir(RECORDS[0].parents[2])
+    recipe = load_recipe('micro', TINY_JOB)
+    for others, said in ((1.2, True), (.1, False), (math.nan, False)):
+        monkeypatch.setattr(workbook, '_beside', lambda work, n=others: (work(), n))
+        lines = workbook.announce(recipe, budget=.02)
+        assert len(lines) == 1 + said and (not said or '1.2 of ' in lines[1])

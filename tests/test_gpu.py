@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from lm_nb.bench.speed import _gpu_curve, _gpu_table
+from lm_nb.core import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location('tools_gpu', ROOT/'tools'/'gpu.py')
@@ -168,6 +170,20 @@ def test_the_whole_is_bounded_and_says_what_it_had_no_time_for(run):
     assert re.fullmatch(r'\d+ s were left, and it needs 4', done[1]['why'])
     table = _gpu_table(dict(where={}, steps=done))
     assert len(table.rows) == 1 and sum('skipped' in note for note in table.notes) == 2
+
+
+def test_rows_are_halved_until_they_fit_into_the_memory():
+    steps, given = gpu.load(f'{gpu.MINE}:fitting'), gpu.Given(False, 1., None)
+    def measure(rows):
+        yield ('began', rows)
+        if rows > 1: raise torch.OutOfMemoryError('too many')
+        yield 'done'
+    found = list(steps(given, measure))
+    assert found[-3:] == ['2 rows at a time did not fit', ('began', 1), 'done']
+    def never(rows):
+        raise torch.OutOfMemoryError('too many')
+        yield
+    with pytest.raises(UserError, match='not even one row'): list(steps(given, never))
 
 
 # --- the script around it

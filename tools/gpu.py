@@ -42,7 +42,7 @@ class Step(NamedTuple):
 
 STEPS = [Step('environment', 30), Step('tests', 100, 20), Step('training', 120, 30),
          Step('memory', 30, 15), Step('attention', 60, 15), Step('generating', 60, 15),
-         Step('decoding', 30, 10), Step('resume', 30, 10), Step('packed', 100, 30),
+         Step('decoding', 40, 10), Step('resume', 30, 10), Step('packed', 100, 30),
          Step('real', math.inf, 20)]  # the last one takes what is left
 KEPT = 60.  # seconds that are kept for the last step, or a tenth of all if that is less
 

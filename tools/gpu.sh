@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# What a CUDA card does with this workbook, in one call of at most so many minutes, without a network:
+# What a CUDA card does with this workbook, in one call of so many minutes, without a network:
 #
 #   tools/gpu.sh [MINUTES] [--dry] [FOLDER OF WHEELS]
 #
-# From the folder of wheels (or WHEELS=FOLDER) it installs what Python cannot import yet. PYTHON names the
-# interpreter: .venv's if there is one, else python3. What comes out, and where: tools/gpu.py.
+# From the folder of wheels (or WHEELS=FOLDER) it installs what Python cannot import yet. PYTHON
+# names the interpreter: .venv's if there is one, else python3. DRY=1 is --dry. What comes out, and
+# where: tools/gpu.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -26,10 +27,15 @@ for name in sys.argv[1:] or needed:
     if importlib.util.find_spec(name.replace('-', '_')) is None: print(name)
 PY
 }
-install() { PIP_BREAK_SYSTEM_PACKAGES=1 "$python" -m pip install -q --no-index --find-links "$wheels" "$@"; }
+install() {
+  PIP_BREAK_SYSTEM_PACKAGES=1 "$python" -m pip install -q --no-index --find-links "$wheels" "$@"
+}
 
 if needed=$(missing) && [[ -n $needed ]]; then
-  [[ -n $wheels ]] || { echo "tools/gpu.sh: not installed:" $needed "(WHEELS=FOLDER names a folder of wheels)" >&2; exit 2; }
+  [[ -n $wheels ]] || {
+    echo "tools/gpu.sh: not installed:" $needed "(WHEELS=FOLDER names a folder of wheels)" >&2
+    exit 2
+  }
   install $needed
 fi
 if [[ -n $wheels && -n $(missing transformers) ]]; then

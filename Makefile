@@ -10,7 +10,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check -qq install -c const
 ONE     := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help run test soak bench lab board docs readme export hooks clean
+.PHONY: help run test soak bench gpu lab board docs readme export hooks clean
 
 help: ## this list
 	@awk -F': .*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,9 @@ lab: $(VENV)/.dev ## JupyterLab on the chapters (ARGS="--port 9999 …": its own
 
 bench: $(VENV)/.dev ## speed and memory on this machine, side by side
 	@$(BIN)/lm-nb bench $(ARGS)
+
+gpu: $(VENV)/.dev ## what a CUDA card does, in nine minutes (ARGS=5: in five; ARGS=--dry: a trial on the CPU)
+	@PYTHON=$(BIN)/python tools/gpu.sh $(ARGS)
 
 board: $(VENV)/.run ## TensorBoard on all runs, wherever they lie (ARGS="RECIPE port=7000": one run, another port)
 	@$(BIN)/lm-nb board $(ARGS)

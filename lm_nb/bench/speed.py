@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..core import pick_device, pick_dtype
+from ..core import Table, pick_device, pick_dtype
 from ..data.microworld import instruction_records, make_world
 from ..data.tokenizer import Tokenizer
 from ..data.shards import IGNORE, Batch
@@ -36,7 +36,8 @@ from ..training.recipe import Recipe, load_recipe
 from ..training.run import Run
 from ..training.stage import prepare_stages, run_stage
 from .plan import StepTimer, pick_stage, plan_run, synchronizer
-from .measure import Line, Measure, Turns, benchmark, in_turn, paired, peak_rss
+from .measure import (
+    Line, Measure, Result, Turns, benchmark, in_turn, paired, peak_rss)
 
 # %% ../../nbs/7_bench/04_speed.ipynb #bf5503e9
 def _mean_loss(
@@ -127,15 +128,19 @@ def _equal_sides(
     recipe:Recipe,
     dtype:str, # of matmuls, on all sides
     gpt:GPT, # the model whose weights they start from
+    attention:tuple[str, ...]=_ATTENTION, # of the others
 ) -> dict[str, Callable]: # {name: takes a step and gives its loss}
     "Training steps with AdamW: ours, the plain loop, and the transformers library's model in it"
     ours = _our_step(recipe, gpt, dtype=dtype, optimizer='adamw')
     batch, model = ours.batches(0)[0], gpt.to(ours.device)
     def plain(a): return _plain_loop(deepcopy(model), batch, dtype, attention=a)
     def theirs(a): return _plain_loop(_their_model(model, a), batch, dtype, _their_loss)
-    others = {'plain loop': plain} | ({'transformers': theirs} if _has_transformers() else {})
+    others = {'plain loop': plain}
+    # with documents in a row, theirs would compute something else
+    if batch.doc is None and _has_transformers(): others['transformers'] = theirs
     return {f'ours, {dtype}': ours.loss} | {
-        f'{name} {a}, {dtype}': make(a) for name, make in others.items() for a in _ATTENTION}
+        f'{name} {a}, {dtype}': make(a) for name, make in others.items() for a in attention}
+
 
 # %% ../../nbs/7_bench/04_speed.ipynb #fae018ef
 @contextmanager
@@ -567,3 +572,34 @@ def _bench_plan(recipe:str='micro', share:float=1., options:str=''):
             took = peak_rss('lm_nb.bench.speed:_run_alone', recipe, own, folder, stage)
             yield from _beside(stage, 'time', seconds, took.returned, 's')
             yield from _beside(stage, 'process', size/1e6, took.bytes/1e6, 'MB')
+
+# %% ../../nbs/7_bench/04_speed.ipynb #374ea065
+def _gpu_table(
+    kept:dict, # what `tools/gpu.sh` has written
+) -> Table:
+    "All figures from a GPU, and beneath them why a step has none or fewer"
+    def cells(l): return Line(l['what'], Measure(tuple(l['values']), l['unit']), l['goal']).cells
+    where, steps = kept['where'], kept['steps']
+    rows = [[f'{s["name"]}: {what}', *more]
+            for s in steps for what, *more in map(cells, s['lines'])]
+    said = [f'{s["name"]}: {s["status"]} ({s["why"]})' for s in steps if s['why']]
+    said += [f'{s["name"]}: {note}' for s in steps for note in s['notes']]
+    place = [Result('gpu', '', [], where).place] if where else []
+    if where.get('driver'): place.append(f'CUDA {where["cuda"]}, driver {where["driver"]}')
+    return Table(['step', 'median', '95 % interval', 'spread', 'goal'], rows, notes=[*said, *place])
+
+
+# %% ../../nbs/7_bench/04_speed.ipynb #ab5d7f64
+def _gpu_curve(
+    kept:dict, # what `tools/gpu.sh` has written
+) -> Any: # a matplotlib figure; None if nothing was trained
+    "Loss of the real training run against the tokens it has read"
+    import matplotlib.pyplot as plt
+    points = [p for s in kept['steps'] for p in s.get('curve', []) if 'loss' in p]
+    if not points: return None
+    fig, ax = plt.subplots(figsize=(6, 2.8), layout='constrained')
+    ax.plot([p['tokens'] for p in points], [p['loss'] for p in points])
+    ax.set(xlabel='tokens', ylabel='loss, nats per token')
+    plt.close(fig)  # the notebook shows what a cell ends on, once
+    return fig
+

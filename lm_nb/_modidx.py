@@ -1260,6 +1260,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'lm_nb/inference/decoding.py'),
                                           'lm_nb.inference.decoding._seen': ( '3_inference/decoding.html#_seen',
                                                                               'lm_nb/inference/decoding.py'),
+                                          'lm_nb.inference.decoding._shared': ( '3_inference/decoding.html#_shared',
+                                                                                'lm_nb/inference/decoding.py'),
                                           'lm_nb.inference.decoding._warm_up': ( '3_inference/decoding.html#_warm_up',
                                                                                  'lm_nb/inference/decoding.py')},
             'lm_nb.inference.evaluate': { 'lm_nb.inference.evaluate.Answer': ( '3_inference/evaluate.html#answer',

@@ -36,21 +36,35 @@ def _left_align(
 
 # %% ../../nbs/3_inference/02_decoding.ipynb #822eee68
 class _Prefill:
-    "A `KVCache` for the first tokens of rows, which writes into given buffers"
-    length = 0
+    "A `KVCache` for prompts, which writes into given buffers"
     def __init__(self,
-        k:Tensor, # (L, B, G, S, K), written from column 0
+        k:Tensor, # (L, B, G, S, K), written from column `length`
         v:Tensor, # likewise
-    ): self.k, self.v = k, v
+        length:int=0, # how many columns are filled
+    ): self.k, self.v, self.length = k, v, length
 
     def note(self, doc, n):
-        "Nothing was read before: the documents are those that come in"
+        "Rows begin at column 0 and hold one document each"
         return doc
 
     def extend(self, layer, k, v):
-        "Store keys and values of a layer; what to attend to is what came in"
-        for buffer, new in ((self.k, k), (self.v, v)): buffer[layer, :, :, :new.shape[2]] = new
-        return k, v
+        "Store keys and values of a layer; what to attend to is those, and what was there before"
+        now = slice(self.length, self.length + k.shape[2])
+        for buffer, new in ((self.k, k), (self.v, v)): buffer[layer, :, :, now] = new
+        if self.length == 0: return k, v
+        return self.k[layer, :, :, :now.stop], self.v[layer, :, :, :now.stop]
+
+# %% ../../nbs/3_inference/02_decoding.ipynb #d7a6c73d
+def _shared(
+    ids:Tensor, # (B, T) rows that begin at column 0
+    length:Tensor, # (B,) how many tokens of each count
+    least:int=16, # fewer are not worth the trouble
+) -> int: # tokens that all rows begin with, the last of no row among them; 0 if too few
+    "How much of a batch needs to be read once only"
+    if len(ids) == 1: return 0
+    alike = (ids == ids[0]).all(0).int().cumprod(0)[:int(length.min()) - 1]
+    n = int(alike.sum())
+    return n if n >= least else 0
 
 # %% ../../nbs/3_inference/02_decoding.ipynb #a2f970ea
 def _prefill(
@@ -62,11 +76,15 @@ def _prefill(
     tokens:int=2**15, # read at most this many at a time, or one row
 ) -> Tensor: # logits (B, V) of the token after each row
     "Read prompts, and store their keys and values"
-    n_rows, out = max(1, tokens // ids.shape[1]), []
+    n, out = _shared(ids, length), []
+    if n:
+        model.hidden(ids[:1, :n], cache=_Prefill(k[:, :1], v[:, :1]))
+        for buffer in (k, v): buffer[:, 1:, :, :n] = buffer[:, :1, :, :n]
+    n_rows = max(1, tokens // (ids.shape[1] - n))
     for start in range(0, len(ids), n_rows):
         rows = slice(start, start + n_rows)
-        h = model.hidden(ids[rows], cache=_Prefill(k[:, rows], v[:, rows]))
-        out.append(model.head(h[torch.arange(len(h), device=h.device), length[rows] - 1]))
+        h = model.hidden(ids[rows, n:], cache=_Prefill(k[:, rows], v[:, rows], n))
+        out.append(model.head(h[torch.arange(len(h), device=h.device), length[rows] - n - 1]))
     return torch.cat(out)
 
 # %% ../../nbs/3_inference/02_decoding.ipynb #3ea6283d

@@ -89,19 +89,21 @@ def _contained(model, tok, facts, max_new=48):
 
 # %% ../../nbs/3_inference/05_facts.ipynb #ff6ed247
 def _few_shot(model, tok, facts, shots, room=40):
-    """(exact answers, number of shots that fit) as plain text, after as many solved examples of the
-    language as leave `room` tokens for the answer"""
-    prompts, counts = [], []
-    for f in facts:
-        some = [s for s in shots if s.task == f'qa_{f["lang"]}']
+    """(exact answers, number of shots) as plain text, after as many solved examples of the language
+    as leave `room` tokens for the answer to the longest question"""
+    right, counts = {}, {}
+    for lang in dict.fromkeys(f['lang'] for f in facts):
+        mine = [i for i, f in enumerate(facts) if f['lang'] == lang]
+        some = [s for s in shots if s.task == f'qa_{lang}']
         for first in range(len(some) + 1):
-            ids = [tok.bos, *tok.encode(_plain_prompt(f['unseen'], some[first:]))]
-            if len(ids) <= model.cfg.context - room: break
-        prompts.append(ids)
-        counts.append(len(some) - first)
-    said = map(tok.decode, generate_batch(model, prompts, room, stop_ids(tok)))
-    return [float(t.strip().split('\n')[0].strip() == f['output'])
-            for t, f in zip(said, facts)], counts
+            texts = [_plain_prompt(facts[i]['unseen'], some[first:]) for i in mine]
+            prompts = [[tok.bos, *ids] for ids in tok.encode_batch(texts)]
+            if max(map(len, prompts)) <= model.cfg.context - room: break
+        said = map(tok.decode, generate_batch(model, prompts, room, stop_ids(tok)))
+        for i, text in zip(mine, said):
+            right[i] = float(text.strip().split('\n')[0].strip() == facts[i]['output'])
+            counts[i] = len(some) - first
+    return [right[i] for i in range(len(facts))], [counts[i] for i in range(len(facts))]
 
 # %% ../../nbs/3_inference/05_facts.ipynb #9e8155ee
 def ask_facts(

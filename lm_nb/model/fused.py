@@ -60,13 +60,15 @@ def _attention_by_matmuls(q, k, v, bias, dropout):
 def _cuts(
     seen:Tensor, # True where a query may see a key, broadcast to (B, H, T, T); causal
     size:int, # of a block of queries
+    step:int=32, # keys begin at its multiples: kernels are made anew for each shape they meet
 ) -> list[tuple[slice, slice]]: # (queries, keys)
     "Blocks of queries, each with the keys that any of them may see"
     T, cuts = seen.shape[-1], []
     for start in range(0, T, size):
         end = min(start + size, T)
         met = seen[..., start:end, :end].flatten(0, -2).any(0)
-        cuts.append((slice(start, end), slice(int(met.int().argmax()), end)))
+        first = int(met.int().argmax()) // step * step
+        cuts.append((slice(start, end), slice(first, end)))
     return cuts
 
 # %% ../../nbs/2_model/02_fused.ipynb #bfbff055

@@ -74,6 +74,25 @@ def test_each_position_is_read_once(model, monkeypatch):
     assert positions(monkeypatch, lambda: generate(model, ids, 10)) == [3*5, 3*9]
 
 
+@pytest.mark.parametrize('arch', SHAPES)
+@pytest.mark.parametrize('tails', [(3, 5, 1, 8), (4, 4, 4), (1, 1)])
+def test_a_common_beginning_is_read_once(arch, tails, monkeypatch):
+    model, g = make(arch, context=64), torch.Generator().manual_seed(2)
+    some = lambda n: torch.randint(1, 50, (n,), generator=g).tolist()
+    rows = [some(30)]*len(tails)
+    rows = [row + some(n) for row, n in zip(rows, tails)]
+    read, hidden = [], GPT.hidden
+    def watched(self, ids, *args, **kw):
+        read.append(ids.numel())
+        return hidden(self, ids, *args, **kw)
+    monkeypatch.setattr(GPT, 'hidden', watched)
+    ids, doc = _pad_left(rows)
+    args = model, ids, doc, 12, SampleConfig(), (7,)
+    fast = torch.stack([*D._fast_decode(*args)])
+    assert read == [30, max(tails)*len(tails)]
+    assert torch.equal(fast, torch.stack([*plain_decode(*args)]))
+
+
 def test_ended_rows_are_dropped(model, monkeypatch):
     rows = [[p] for p in range(1, 49)]
     free = generate_batch(model, rows, 20)

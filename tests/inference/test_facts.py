@@ -113,14 +113,18 @@ def test_contained_counts_every_value_that_is_written(tok, facts, monkeypatch):
 
 def test_shots_are_of_the_language_and_counted(model, tok, facts, monkeypatch):
     shots = [Example(f'Which {i}?', 'It.', task=f'qa_{"en" if i % 2 else "zh"}') for i in range(20)]
-    seen = []
+    seen, answer = {}, {f['unseen']: f['output'] for f in facts}
     def generate(model, prompts, *rest):
-        seen.extend(map(tok.decode, prompts))
-        return [tok.encode(f['output'] + '\nMore') for f in facts]
+        texts = [tok.decode(p) for p in prompts]
+        starts = {text[:text.rstrip('\n').rfind('\n') + 1] for text in texts}
+        assert len(starts) == 1  # all rows of a batch begin with the same examples
+        seen.update({text.strip().split('\n')[-1]: text for text in texts})
+        return [tok.encode(answer[text.strip().split('\n')[-1]] + '\nMore') for text in texts]
     monkeypatch.setattr(F, 'generate_batch', generate)
     hits, counts = F._few_shot(model, tok, facts, shots)
     assert hits == [1.] * len(facts)
-    for text, f, n in zip(seen, facts, counts):
+    for f, n in zip(facts, counts):
+        text = seen[f['unseen']]
         assert text.count('It.') == n > 0 and text.endswith(f['unseen'] + '\n')
         numbers = [int(t) for t in re.findall(r'Which (\d+)\?', text)]
         assert all(i % 2 == (f['lang'] == 'en') for i in numbers)

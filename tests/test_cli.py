@@ -719,7 +719,7 @@ def test_a_recipe_with_a_mistake_spoils_only_itself(tmp_path, monkeypatch, capsy
         status = main([*argv])
         return status, ''.join(capsys.readouterr())
     assert said('recipe', 'micro')[0] == 0
-    assert 'lost, round, bare' in said('--help')[1]
+    assert 'lost, round, bare' in ' '.join(said('--help')[1].split())
     for name, words in dict(lost="did you mean 'own'", round='in a circle',
                             bare="[bare]: 'text' has no value").items():
         status, text = said('recipe', name)

@@ -252,12 +252,17 @@ def _compute_stage(
     budget:float=3., # seconds for the measurement
     base:float=math.nan, # bytes that the process held before
 ) -> _StagePlan: # with its time
-    "The plan of a stage, with the time that its FLOPs take at the rate of one layer"
-    piece, trial = _one_layer(cfg), replace(stage, optimizer='adamw', compile=False)
-    timer = StepTimer(piece, trial, doc_mask, device, micro_rows=1, micros=1)
-    seconds, _ = _mean_step(timer, budget)
-    rate = sum(step_flops(piece, timer.tokens, 'adamw').values())/seconds
-    return replace(plan, step_seconds=plan.flops/plan.steps/rate, computed=True,
+    "The plan of a stage, with the time that its FLOPs take at the rates of one layer"
+    piece, trial = _one_layer(cfg), replace(stage, compile=False)
+    one, two = (_mean_step(StepTimer(piece, trial, doc_mask, device, micro_rows=1, micros=n),
+                           budget/2)[0] for n in (1, 2))
+    m = max(two - one, .05*one)
+    part, whole = (step_flops(c, tokens, stage.optimizer) for c, tokens in
+                   ((piece, piece.context), (cfg, plan.all_rows*cfg.context)))
+    update = (whole['optimizer']/part['optimizer'] if part['optimizer'] else
+              sum(parameter_counts(cfg).values())/sum(parameter_counts(piece).values()))
+    passes = (whole['model'] + whole['recomputing'])/part['model']
+    return replace(plan, step_seconds=m*passes + max(one - m, 0)*update, computed=True,
                    process=base + plan.memory.total)
 
 # %% ../../nbs/7_bench/01_plan.ipynb #8e043255

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .core import (
     Table, pick_device, provenance, read_json, recipe_names, root, write_json)
 from .data.tokenizer import Tokenizer
@@ -152,12 +154,22 @@ def _beside(
 # %% ../nbs/workbook.ipynb #5a86d1a8
 _ASKING = 1.5e6 # training tokens that cost as much as all questions about the microworld's facts
 
+def _leave_cores(
+    others:float, # cores that other processes keep busy
+) -> None:
+    "Take as many threads as there are cores left, at least one; what `OMP_NUM_THREADS` says stays"
+    if 'OMP_NUM_THREADS' in os.environ: return
+    left = max(1, round((os.cpu_count() or 1) - others))
+    torch.set_num_threads(min(torch.get_num_threads(), left))
+
 def announce(
     recipe:Recipe,
     budget:float = 1., # seconds for the trial
 ) -> list[str]: # lines for people
     "How long a job will take on this device, and what will make it longer"
-    plan, others = _beside(lambda: plan_run(recipe, budget=budget))
+    _, others = _beside(partial(time.sleep, .3))
+    if others > .25: _leave_cores(others)
+    plan = plan_run(recipe, budget=budget)
     speed = plan.stages[0].tokens / plan.stages[0].steps / plan.stages[0].step_seconds
     asking = _ASKING / speed if recipe.data.groups else 0
     def lasts(other): # a recipe whose steps are of the same kind

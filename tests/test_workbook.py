@@ -133,10 +133,21 @@ def test_a_job_says_at_its_start_how_long_it_takes(monkeypatch):
                         r'the recipe micro-quick takes [\d.,]+ (s|min)', line)
 
 
-def test_other_work_on_the_cores_is_said(monkeypatch):
+def test_other_work_on_the_cores_is_said_and_left_its_share(monkeypatch):
     monkeypatch.chdir(RECORDS[0].parents[2])
-    recipe = load_recipe('micro', TINY_JOB)
-    for others, said in ((1.2, True), (.1, False), (math.nan, False)):
-        monkeypatch.setattr(workbook, '_beside', lambda work, n=others: (work(), n))
-        lines = workbook.announce(recipe, budget=.02)
-        assert len(lines) == 1 + said and (not said or '1.2 of ' in lines[1])
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    monkeypatch.setattr(workbook.os, 'cpu_count', lambda: 4)
+    recipe, before = load_recipe('micro', TINY_JOB), torch.get_num_threads()
+    try:
+        for others, threads in ((2.2, 2), (.1, 4), (math.nan, 4), (9, 1)):
+            torch.set_num_threads(4)
+            monkeypatch.setattr(workbook, '_beside', lambda work, n=others: (None, n))
+            lines = workbook.announce(recipe, budget=.02)
+            assert torch.get_num_threads() == threads and f', {threads} thread' in lines[0]
+            busy = [f'{others:.1f} of 4 cores' in line for line in lines[1:]]
+            assert busy == [True]*(threads < 4)
+        monkeypatch.setenv('OMP_NUM_THREADS', '4')
+        torch.set_num_threads(4)
+        workbook._leave_cores(3.)
+        assert torch.get_num_threads() == 4
+    finally: torch.set_num_threads(before)

@@ -8,6 +8,8 @@ ARGS    ?=
 PIP     := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 # notebooks under test run two at a time: one thread each, and no progress bars
 ONE     := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# test files two at a time, those that take longest first
+TWO     := -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 .DEFAULT_GOAL := help
 .PHONY: help run test soak bench gpu lab board docs readme export hooks clean
@@ -25,7 +27,7 @@ test: $(VENV)/.dev ## every check: export, README, lint, pytest, the notebooks, 
 	@echo "== 4/6 notebooks, two at a time: what they give is what they have saved"
 	@$(ONE) PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python tools/chapters.py --workers 2
 	@echo "== 5/6 documentation site"; $(BIN)/python tools/site.py
-	@echo "== 6/6 pytest, two files at a time"; $(ONE) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 tests
+	@echo "== 6/6 pytest, two files at a time"; $(ONE) $(BIN)/python -m pytest $(TWO) tests
 
 soak: $(VENV)/.dev ## the fault tests at their full counts (an hour or more); writes nbs/4_training/results/soak.json
 	@$(ONE) $(BIN)/python tools/soak.py $(ARGS)

@@ -146,7 +146,8 @@ register_stage(Stage('further', output='longer', start=lambda run: run.model_bef
 def test_a_stage_that_only_a_recipe_knows_is_a_command(bad, good, tmp_path):
     (tmp_path/'further.py').write_text(PLUGIN)
     bare = ['own', 'text=text.txt', *TINY, run_dir(tmp_path)]
-    words = [*bare, f'plugins={tmp_path/"further.py"}', 'stages=pretrain further']
+    words = [*bare, f'plugins={tmp_path/"further.py"}', 'stages=pretrain further',
+             'further.tokens=1920']
     err = bad(['furhter', *words], "no command 'furhter'", "did you mean 'further'")
     there = err.split('there are: ')[1].strip().split(', ')
     assert 'further' in there and there.count('pretrain') == 1, 'listed with the others, each once'

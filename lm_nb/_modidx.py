@@ -1487,6 +1487,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lm_nb.model.fused._learns_on_cpu': ('2_model/fused.html#_learns_on_cpu', 'lm_nb/model/fused.py'),
                                    'lm_nb.model.fused._no_autocast': ('2_model/fused.html#_no_autocast', 'lm_nb/model/fused.py'),
                                    'lm_nb.model.fused._rope_tables': ('2_model/fused.html#_rope_tables', 'lm_nb/model/fused.py'),
+                                   'lm_nb.model.fused._with_targets': ('2_model/fused.html#_with_targets', 'lm_nb/model/fused.py'),
                                    'lm_nb.model.fused.attention_kernel': ('2_model/fused.html#attention_kernel', 'lm_nb/model/fused.py'),
                                    'lm_nb.model.fused.attention_weights': ('2_model/fused.html#attention_weights', 'lm_nb/model/fused.py'),
                                    'lm_nb.model.fused.chunk_rows': ('2_model/fused.html#chunk_rows', 'lm_nb/model/fused.py'),

@@ -358,6 +358,16 @@ def chunk_rows(
     "Positions whose logits exist at a time: about 2²⁰ logits on a CPU, 2²⁸ elsewhere"
     return max(128, (2**20 if device == 'cpu' else 2**28) // vocab_rows // 128 * 128)
 
+# %% ../../nbs/2_model/02_fused.ipynb #b1485608
+def _with_targets(
+    y:Tensor, # targets (N,), `IGNORE` where there is none
+    multiple:int=128,
+) -> Tensor: # positions
+    "Where targets are, and as many other positions as it takes for a round number, if there are"
+    there = y != IGNORE
+    has, others = there.nonzero()[:, 0], (~there).nonzero()[:, 0]
+    return torch.cat([has, others[:-len(has) % multiple]]) if len(has) else has
+
 # %% ../../nbs/2_model/02_fused.ipynb #09507ed8
 def chunked_nll(
     h:Tensor, # normed stream (B, T, D) or (N, D)
@@ -371,7 +381,7 @@ def chunked_nll(
     h, y, s, device = h.flatten(0, -2), targets.flatten(), weight, h.device.type
     if s is not None: s = s.flatten()
     if device == 'cpu' and not torch.compiler.is_compiling():
-        has = (y != IGNORE).nonzero()[:, 0]
+        has = _with_targets(y)
         if len(has) < len(y): h, y, s = h[has], y[has], None if s is None else s[has]
     if len(y) == 0: return (h.sum() + w.sum()).float() * 0 # no target, no loss, gradients of 0
     learn = torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from lm_nb.core import UserError
 from lm_nb.data.shards import IGNORE
+from lm_nb.model import fused
 from lm_nb.model.fused import (
     KVCache, attention_kernel, attention_weights, chunked_nll, _fused_attention, _kernel_times,
     pick_attention, reference_ops)
@@ -200,3 +201,22 @@ def test_cache_under_autocast():
         out = [gpt(ids[:, :10], cache=cache)]
         out += [gpt(ids[:, t:t + 1], cache=cache) for t in range(10, 20)]
     assert (torch.cat(out, 1) - gpt(ids)).abs().max() < 0.1 * gpt(ids).std()
+
+
+@pytest.mark.parametrize('n', [0, 1, 127, 128, 129, 300, 384])
+def test_how_many_targets_there_are_changes_neither_loss_nor_gradients(n):
+    "A few positions without a target are computed, too; shapes are multiples of 128"
+    g = torch.Generator().manual_seed(n)
+    h, w = torch.randn(384, 16, generator=g), torch.randn(50, 16, generator=g)
+    y = torch.randint(50, (384,), generator=g)
+    y[torch.randperm(384, generator=g)[n:]] = IGNORE
+    h, w = h.requires_grad_(), w.requires_grad_()
+    got = torch.autograd.grad(chunked_nll(h, w, y), (h, w))
+    exact = torch.nn.functional.cross_entropy(h @ w.T, y, reduction='sum', ignore_index=IGNORE)
+    want = torch.autograd.grad(exact, (h, w))
+    assert torch.allclose(chunked_nll(h, w, y), exact, rtol=1e-5)
+    for a, b in zip(got, want): assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert (got[0][y == IGNORE] == 0).all()
+    kept = fused._with_targets(y)
+    assert len(kept) % 128 == 0 and len(set(kept.tolist())) == len(kept) >= n
+    assert set((y != IGNORE).nonzero()[:, 0].tolist()) <= set(kept.tolist())

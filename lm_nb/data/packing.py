@@ -222,7 +222,7 @@ def _read_packed_index(
     check(_is_packed_index(index),
           f'{path}/index.json: not an index of packed examples of version 2; write them again')
     check(tok is None or tok.sha256 == index['tokenizer'],
-          f'{path}/index.json: written with another tokenizer ({index["tokenizer"][:8]}, '
+          f'{path}/index.json: written with another tokenizer ({index["tokenizer"][:8]!r}, '
           f'not {getattr(tok, "sha256", "")[:8]}); write it again with this one')
     return index
 

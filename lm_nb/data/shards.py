@@ -363,7 +363,7 @@ def read_index(
     check(known and {'special', 'shards', 'tokenizer', 'vocab_size'} <= index.keys(),
           f'{path}/index.json: not an index of token shards of version 2; write the shards again')
     check(tok is None or tok.sha256 == index['tokenizer'],
-          f'{path}/index.json: written with another tokenizer ({str(index["tokenizer"])[:8]}, '
+          f'{path}/index.json: written with another tokenizer ({str(index["tokenizer"])[:8]!r}, '
           f'not {getattr(tok, "sha256", "")[:8]}); write the shards again with this one')
     check(_is_sound(index, tok), f'{path}/index.json: is damaged (its numbers do not agree); '
           f'remove {path}, and the next run writes it again')

@@ -347,6 +347,14 @@ def test_whoever_had_the_index_in_hand_gets_one_line_or_what_was_written(tmp_pat
         (folder/'index.json').write_text(json.dumps(index), encoding='utf-8')
 
 
+def test_another_tokenizer_is_said_in_one_line_whatever_the_index_holds(tmp_path):
+    index = write_packed(CHATS, tok, tmp_path/'p', context=120)
+    (tmp_path/'p'/'index.json').write_text(json.dumps({**index, 'tokenizer': '\n'}))
+    with pytest.raises(UserError, match='written with another tokenizer') as e:
+        Packed(tmp_path/'p', tok)
+    assert '\n' not in str(e.value)
+
+
 def test_packed_examples_of_an_older_version_are_refused(tmp_path):
     "They are whole, and their conversations begin without `bos`"
     index = write_packed(CHATS, tok, tmp_path/'p', context=120)

@@ -2074,6 +2074,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lm_nb.workbook._dialogues': ('workbook.html#_dialogues', 'lm_nb/workbook.py'),
                                 'lm_nb.workbook._leave_cores': ('workbook.html#_leave_cores', 'lm_nb/workbook.py'),
                                 'lm_nb.workbook._next_words': ('workbook.html#_next_words', 'lm_nb/workbook.py'),
+                                'lm_nb.workbook._quicker': ('workbook.html#_quicker', 'lm_nb/workbook.py'),
                                 'lm_nb.workbook._scores_by_model': ('workbook.html#_scores_by_model', 'lm_nb/workbook.py'),
                                 'lm_nb.workbook._share': ('workbook.html#_share', 'lm_nb/workbook.py'),
                                 'lm_nb.workbook._steps': ('workbook.html#_steps', 'lm_nb/workbook.py'),

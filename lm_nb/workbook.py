@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .core import (
-    Table, pick_device, provenance, read_json, recipe_names, root, write_json)
+    Table, UserError, pick_device, provenance, read_json, recipe_names, root, write_json)
 from .data.tokenizer import Tokenizer
 from .model.gpt import GPT
 from .inference.chat import answer
@@ -152,7 +152,7 @@ def _beside(
     return found, max(0., (busy() - all_before - own) / (time.time() - start))
 
 # %% ../nbs/workbook.ipynb #5a86d1a8
-_ASKING = 1.5e6 # training tokens that cost as much as all questions about the microworld's facts
+_ASKING = 1.3e6 # training tokens that cost as much as all questions about the microworld's facts
 
 def _leave_cores(
     others:float, # cores that other processes keep busy
@@ -161,6 +161,17 @@ def _leave_cores(
     if 'OMP_NUM_THREADS' in os.environ: return
     left = max(1, round((os.cpu_count() or 1) - others))
     torch.set_num_threads(min(torch.get_num_threads(), left))
+
+def _quicker(
+    recipe:Recipe,
+) -> Recipe | None: # the recipe of that name with `-quick`, if it takes steps of the same kind
+    "What may be run instead by those who cannot wait"
+    name = f'{recipe.name}-quick'
+    if name not in recipe_names(): return None
+    try: quick = load_recipe(name)
+    except UserError: return None  # its mistake is its own
+    same = quick.model == recipe.model and {*recipe.stage_configs()} <= {*quick.stage_configs()}
+    return quick if same else None
 
 def announce(
     recipe:Recipe,
@@ -178,8 +189,8 @@ def announce(
                             for share, s in zip(shares, plan.stages))
     line = (f"about {format_seconds(lasts(recipe))} on {plan.where.split(';')[0]}, "
             f'{speed:,.0f} tokens/s')
-    if (quick := f'{recipe.name}-quick') in recipe_names():
-        line += f'; the recipe {quick} takes {format_seconds(lasts(load_recipe(quick)))}'
+    if quick := _quicker(recipe):
+        line += f'; the recipe {quick.name} takes {format_seconds(lasts(quick))}'
     busy = f'other work keeps {others:.1f} of {os.cpu_count()} cores busy: it would be less without'
     return [line, busy] if others > .25 else [line]
 

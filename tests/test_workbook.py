@@ -2,6 +2,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,12 +126,33 @@ def test_the_same_seed_on_the_same_machine_gives_the_same_table(dtype, tmp_path,
     assert len(plot_progress(run.folder/'pretrain', run.folder/'sft').axes) == 3
 
 
+ABOUT = r'about [\d.,]+ (s|min) on .+, (fp32|bf16), \d+ threads?, [\d,]+ tokens/s'
+
+
 def test_a_job_says_at_its_start_how_long_it_takes(monkeypatch):
     monkeypatch.chdir(RECORDS[0].parents[2])
-    recipe = load_recipe('micro', TINY_JOB)
-    line, = [s for s in workbook.announce(recipe, budget=.05) if s.startswith('about ')]
-    assert re.fullmatch(r'about [\d.,]+ (s|min) on .+, fp32, \d+ threads?, [\d,]+ tokens/s; '
-                        r'the recipe micro-quick takes [\d.,]+ (s|min)', line)
+    line, = [s for s in workbook.announce(load_recipe('micro'), .05) if s.startswith('about ')]
+    assert re.fullmatch(ABOUT + r'; the recipe micro-quick takes [\d.,]+ (s|min)', line)
+
+
+@pytest.mark.parametrize('other', ['model', 'stage'])
+def test_a_quick_recipe_of_another_kind_is_not_offered(other, monkeypatch):
+    monkeypatch.chdir(RECORDS[0].parents[2])
+    recipe = load_recipe('micro', ['d_model=64'] if other == 'model' else [])
+    if other == 'stage':
+        configs = recipe.configs | dict(dpo=recipe.configs['sft'])
+        recipe = replace(recipe, stages='pretrain sft dpo', configs=configs)
+    line, = [s for s in workbook.announce(recipe, .05) if s.startswith('about ')]
+    assert re.fullmatch(ABOUT, line)
+
+
+def test_a_mistake_in_a_quick_recipe_is_its_own(tmp_path, monkeypatch):
+    settings = (RECORDS[0].parents[2]/'settings.ini').read_text(encoding='utf-8')
+    wrong = settings.replace('[micro-quick]', '[micro-quick]\nn_layers = 3')
+    (tmp_path/'settings.ini').write_text(wrong, encoding='utf-8')
+    monkeypatch.chdir(tmp_path)
+    line, = [s for s in workbook.announce(load_recipe('micro'), .05) if s.startswith('about ')]
+    assert re.fullmatch(ABOUT, line)
 
 
 def test_other_work_on_the_cores_is_said_and_left_its_share(monkeypatch):

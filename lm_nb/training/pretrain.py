@@ -138,7 +138,8 @@ def fingerprints(
 def eval_rows(
     context:int, # positions in a row
     tokens:int=2**13, # at a time
-) -> int: # rows in a batch that is only measured
+) -> int: # rows, at least one
+    "How many rows to read at once where nothing is learned"
     return max(1, tokens // context)
 
 # %% ../../nbs/4_training/09_pretrain.ipynb #f50abeb9

@@ -200,6 +200,7 @@ def test_an_error_of_the_run_is_not_hidden_by_a_failed_save(tmp_path, monkeypatc
 LIMITED = """
 import resource, sys, torch
 from lm_nb.training.checkpoint import Saver, newest
+torch.set_num_threads(1)
 model = torch.nn.Linear(300, 300)
 saver = Saver(sys.argv[1], model, [])
 saver.save(1), saver.wait()
@@ -457,6 +458,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from lm_nb.training.checkpoint import Saver, newest, _run_state
 from lm_nb.training.ranks import _DistributedRanks
+torch.set_num_threads(1)
 dist.init_process_group('gloo')
 rank, world = dist.get_rank(), dist.get_world_size()
 torch.manual_seed(7 + rank)

@@ -40,6 +40,12 @@ from .profiling import (
     profile_recipe as profile_recipe,
     plot_kinds as plot_kinds,
 )
+from .scaling import (
+    Point as Point,
+    read_grid as read_grid,
+    sweep_table as sweep_table,
+    sweep as sweep,
+)
 from .shakespeare import (
     fetch_shakespeare as fetch_shakespeare,
 )

@@ -45,6 +45,9 @@ from .scaling import (
     read_grid as read_grid,
     sweep_table as sweep_table,
     sweep as sweep,
+    Law as Law,
+    fit_law as fit_law,
+    interval as interval,
 )
 from .shakespeare import (
     fetch_shakespeare as fetch_shakespeare,

@@ -178,6 +178,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'lm_nb.bench.scaling._what_is_read': ('7_bench/scaling.html#_what_is_read', 'lm_nb/bench/scaling.py'),
                                      'lm_nb.bench.scaling.fit_law': ('7_bench/scaling.html#fit_law', 'lm_nb/bench/scaling.py'),
                                      'lm_nb.bench.scaling.interval': ('7_bench/scaling.html#interval', 'lm_nb/bench/scaling.py'),
+                                     'lm_nb.bench.scaling.predict': ('7_bench/scaling.html#predict', 'lm_nb/bench/scaling.py'),
                                      'lm_nb.bench.scaling.read_grid': ('7_bench/scaling.html#read_grid', 'lm_nb/bench/scaling.py'),
                                      'lm_nb.bench.scaling.sweep': ('7_bench/scaling.html#sweep', 'lm_nb/bench/scaling.py'),
                                      'lm_nb.bench.scaling.sweep_table': ('7_bench/scaling.html#sweep_table', 'lm_nb/bench/scaling.py')},

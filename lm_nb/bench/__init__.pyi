@@ -48,6 +48,7 @@ from .scaling import (
     Law as Law,
     fit_law as fit_law,
     interval as interval,
+    predict as predict,
 )
 from .shakespeare import (
     fetch_shakespeare as fetch_shakespeare,

@@ -41,6 +41,7 @@ from .profiling import (
     plot_kinds as plot_kinds,
 )
 from .scaling import (
+    TANG as TANG,
     Point as Point,
     read_grid as read_grid,
     sweep_table as sweep_table,
@@ -49,6 +50,9 @@ from .scaling import (
     fit_law as fit_law,
     interval as interval,
     predict as predict,
+    KnownLaw as KnownLaw,
+    expected_loss as expected_loss,
+    expect_loss as expect_loss,
 )
 from .shakespeare import (
     fetch_shakespeare as fetch_shakespeare,

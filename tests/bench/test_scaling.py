@@ -14,12 +14,14 @@ from lm_nb.core import UserError, read_json
 from lm_nb.training.checkpoint import checkpoints
 from lm_nb.training.run import run_lock
 
+WORDS = 'sea hill road wood town moor field lake shore roof tower bridge'.split()
+
 TOY = '''
 [toy]
-recipe = micro
-stages = pretrain
-groups = one
-vocab_size = 512
+recipe = shakespeare
+text = {text}
+text_valid = {text}
+vocab_size = 300
 context = 64
 n_layer = 1
 d_model = 32
@@ -56,7 +58,10 @@ d_model = 16
 @pytest.fixture
 def grids(tmp_path):
     path = tmp_path / 'grids.ini'
-    path.write_text(TOY)
+    text = tmp_path / 'verse.txt'
+    text.write_text('\n'.join(f'The wind is on the {a}, and the {b} is under it.'
+                              for a in WORDS for b in WORDS))
+    path.write_text(TOY.format(text=text))
     return path
 
 
@@ -69,7 +74,7 @@ def test_lines_are_crossed_and_keys_of_a_line_go_together(grids):
     wide = read_grid('wide', path=grids)
     assert [p.varied for p in wide] == [dict(d_model=d, n_head=h)
                                         for d, h in (('16', '1'), ('33', '2'), ('32', '2'))]
-    assert {p.recipe for p in wide} == {'micro'} and wide[0].keys['context'] == '64'
+    assert {p.recipe for p in wide} == {'shakespeare'} and wide[0].keys['context'] == '64'
     one, = read_grid('toy', path=grids)
     assert one.name == 'point' and not one.varied
     assert len(read_grid('toy', dict(lr='1e-3 | 2e-3'), grids)) == 2  # words replace the grid's

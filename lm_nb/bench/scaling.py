@@ -282,7 +282,8 @@ class Law:
 
 # %% ../../nbs/7_bench/09_scaling.ipynb #ed0247e7
 def _terms(theta, logs):
-    "Log of the loss for coefficients (…, 5) and log sizes (P, 2): (…, P), and its gradient (…, P, 5)"
+    """Log of the loss for coefficients (…, 5) and log sizes (P, 2): (…, P), and its gradient (…, P,
+    5)"""
     e, a, alpha, b, beta = np.moveaxis(theta[..., None, :], -1, 0)
     n, d = logs.T
     parts = np.stack(np.broadcast_arrays(e, a - alpha*n, b - beta*d))
@@ -387,7 +388,8 @@ def expected_loss(
     tokens:int, # to train on
     law:KnownLaw = TANG,
 ) -> float: # nats per token, on held-out text of the law's own kind
-    "What the law says of a model of this shape; tokens beyond one reading of the text count nothing"
+    """What the law says of a model of this shape; tokens beyond one reading of the text count
+    nothing"""
     return law.law(sum(parameter_counts(cfg).values()), min(tokens, law.tokens))
 
 def expect_loss(

@@ -41,7 +41,6 @@ from .profiling import (
     plot_kinds as plot_kinds,
 )
 from .scaling import (
-    TANG as TANG,
     Point as Point,
     read_grid as read_grid,
     sweep_table as sweep_table,
@@ -52,7 +51,7 @@ from .scaling import (
     predict as predict,
     KnownLaw as KnownLaw,
     expected_loss as expected_loss,
-    expect_loss as expect_loss,
+    loss_sentence as loss_sentence,
 )
 from .shakespeare import (
     fetch_shakespeare as fetch_shakespeare,

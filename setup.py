@@ -14,7 +14,7 @@ class BuildWithFiles(build_py):
         if self.editable_mode: return  # they lie beside the package
         files = Path(self.build_lib) / 'lm_nb' / 'files'
         (files / 'data').mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / 'settings.ini', files)
+        for name in ('settings.ini', 'grids.ini'): shutil.copy(ROOT / name, files)
         shutil.copytree(ROOT / 'data' / 'microworld', files / 'data' / 'microworld',
                         dirs_exist_ok=True)
 

@@ -34,6 +34,7 @@ _USAGE = '''lm-nb COMMAND RECIPE [key=value …]
   plan       what a run will take: parameters, memory, hours
   profile    where a training step's time goes
   board      watch the curves of all runs, or of one, in TensorBoard
+  sweep      run a grid of runs, and show their losses in a table
   fetch      get a public corpus
   bench      measure speed and memory on this machine
 
@@ -547,6 +548,22 @@ def _profile(name, pairs):
     recipe, *steps = _asked(name, pairs, steps=int)
     print(profile_recipe(recipe, Path(out or root()/'runs'/f'{recipe.name}-profile'), *steps))
 
+# %% ../nbs/cli.ipynb #104b39fa
+def _sweep(names, pairs):
+    """GRID [jobs=2] [grids=FILE] [run_dir=…] [key=value …]: run every point of a grid, a section of
+    grids.ini, so many at a time, each on one thread. What is done is kept, and what was stopped
+    goes on; a bar separates alternatives, as in d_model='64 | 128'"""
+    from lm_nb.bench.scaling import read_grid, sweep, sweep_table
+    own = {k: pairs.pop(k, None) for k in ('run_dir', 'grids')}
+    jobs = parse_key('jobs', pairs.pop('jobs', '2'), int)
+    check(len(names) == 1, 'lm-nb sweep: which grid? The names are in grids.ini')
+    check(jobs > 0, f'jobs = {jobs}: expected 1 or more')
+    missing = len(read_grid(names[0], pairs, own['grids']))
+    points = sweep(names[0], own['run_dir'], jobs, pairs, own['grids'])
+    missing -= len(points)
+    if points: print(sweep_table(points))
+    check(not missing, f'lm-nb sweep: {missing} points have no result; the same words try again')
+
 # %% ../nbs/cli.ipynb #c0a1d2e8
 def _init(names, pairs):
     """init: put a settings.ini with the workbook's recipes into this folder, to be changed at will.
@@ -621,12 +638,12 @@ def _board(names, pairs):
 
 # %% ../nbs/cli.ipynb #dd0aa1c9
 _TAKE_NAMES = 'corpus', 'shards'  # several, or a recipe
-_TAKE_NO_RECIPE = 'board', 'bench', 'init'
+_TAKE_NO_RECIPE = 'board', 'bench', 'init', 'sweep'
 _COMMANDS: dict[str, Callable] = dict(
     run=_run, corpus=_corpus, tokenizer=_tokenizer, shards=_shards,
     pretrain=partial(_train, 'pretrain'), sft=partial(_train, 'sft'), evaluate=_evaluate,
     generate=_generate, chat=_chat, recipe=_recipe, plan=_plan, profile=_profile, fetch=_fetch,
-    board=_board, bench=_bench, init=_init)
+    board=_board, sweep=_sweep, bench=_bench, init=_init)
 
 # %% ../nbs/cli.ipynb #9a026701
 def _more_stages(name, pairs):

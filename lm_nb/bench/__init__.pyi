@@ -40,6 +40,19 @@ from .profiling import (
     profile_recipe as profile_recipe,
     plot_kinds as plot_kinds,
 )
+from .scaling import (
+    Point as Point,
+    read_grid as read_grid,
+    sweep_table as sweep_table,
+    sweep as sweep,
+    Law as Law,
+    fit_law as fit_law,
+    interval as interval,
+    predict as predict,
+    KnownLaw as KnownLaw,
+    expected_loss as expected_loss,
+    loss_sentence as loss_sentence,
+)
 from .shakespeare import (
     fetch_shakespeare as fetch_shakespeare,
 )

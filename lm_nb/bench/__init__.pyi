@@ -48,6 +48,8 @@ from .scaling import (
     Law as Law,
     fit_law as fit_law,
     interval as interval,
+    JointLaw as JointLaw,
+    fit_joint as fit_joint,
     predict as predict,
     KnownLaw as KnownLaw,
     expected_loss as expected_loss,

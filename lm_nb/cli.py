@@ -533,11 +533,15 @@ def _asked(name, pairs, **kind):
 # %% ../nbs/cli.ipynb #2529a220
 def _plan(name, pairs):
     """RECIPE|FOLDER [ranks=…] [measure=true] [key=value …]: what a run will take on this device:
-    parameters, FLOPs, memory by part, tokens, hours, the largest batch. For a large model on a CPU
-    hours are computed, unless measure=true has whole steps tried"""
+    parameters, FLOPs, memory by part, tokens, hours, the largest batch, and the loss to expect where
+    a law of its text is known. For a large model on a CPU hours are computed, unless measure=true
+    has whole steps tried"""
     from lm_nb.bench.plan import plan_run
+    from lm_nb.bench.scaling import loss_sentence
     own = {k: pairs.pop(k) for k in ('measure',) if k in pairs}
-    print(plan_run(*_asked(name, pairs, ranks=int), **_keys(None, own, measure=bool)))
+    recipe, *ranks = _asked(name, pairs, ranks=int)
+    print(plan_run(recipe, *ranks, **_keys(None, own, measure=bool)))
+    if said := loss_sentence(recipe): print(said)
 
 # %% ../nbs/cli.ipynb #4ce8444f
 def _profile(name, pairs):

@@ -43,6 +43,7 @@ from .profiling import (
 from .scaling import (
     Point as Point,
     read_grid as read_grid,
+    law_key as law_key,
     sweep_table as sweep_table,
     sweep as sweep,
     Law as Law,
@@ -50,9 +51,11 @@ from .scaling import (
     interval as interval,
     JointLaw as JointLaw,
     fit_joint as fit_joint,
+    left_out as left_out,
+    rms as rms,
     predict as predict,
     KnownLaw as KnownLaw,
-    expected_loss as expected_loss,
+    known_law as known_law,
     loss_sentence as loss_sentence,
 )
 from .shakespeare import (

@@ -10,9 +10,13 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from lm_nb.bench.scaling import Law, fit_law, interval, predict, read_grid, sweep, sweep_table
-from lm_nb.core import UserError, read_json
+from lm_nb.bench.scaling import (
+    JointLaw, Law, fit_joint, fit_law, interval, known_law, law_key, left_out, loss_sentence,
+    predict, read_grid, rms, sweep, sweep_table)
+from lm_nb.core import UserError, read_json, write_json
+from lm_nb.model.estimate import parameter_counts
 from lm_nb.training.checkpoint import checkpoints
+from lm_nb.training.recipe import load_recipe
 from lm_nb.training.run import run_lock
 
 WORDS = 'sea hill road wood town moor field lake shore roof tower bridge'.split()
@@ -205,6 +209,57 @@ def test_the_best_size_is_the_lowest_point_for_the_same_work():
         n, d = TRUE.best(flops)
         assert 6 * n * d == pytest.approx(flops)
         assert all(TRUE(n * f, d / f) > TRUE(n, d) for f in (.5, .9, 1.1, 2))
+
+
+JOINT = JointLaw(.54, .14, .09, -.012)
+
+
+def test_the_form_with_a_product_is_recovered_and_has_a_lowest_point():
+    law, laws = fit_joint(N, D, JOINT(N, D), times=20)
+    for k, v in asdict(JOINT).items(): assert getattr(law, k) == pytest.approx(v, abs=1e-6), k
+    assert laws[3](1e6, 1e6) == pytest.approx(JOINT(1e6, 1e6), rel=1e-6)
+    n, d = JOINT.best(1e14)
+    assert 6 * n * d == pytest.approx(1e14)
+    assert all(JOINT(n * f, d / f) > JOINT(n, d) for f in (.5, .9, 1.1, 2))
+
+
+def test_a_size_left_out_shows_which_form_is_wrong():
+    def off(fit, y): return rms(left_out(N, D, y, fit))
+    assert off(fit_joint, JOINT(N, D)) < 1e-6 < .5 < off(fit_law, JOINT(N, D))
+    assert off(fit_law, TRUE(N, D)) < .01 < off(fit_joint, TRUE(N, D))
+
+
+def made_points(law=JOINT, key='k', n=N, d=D):
+    return [dict(parameters=a, tokens=b, valid_loss=float(law(a, b)), law_key=key,
+                 text_tokens=10**6) for a, b in zip(n.round(), d.round())]
+
+
+def test_a_sweep_makes_a_law_if_its_points_are_enough_and_of_one_text():
+    known = known_law(made_points())
+    assert known.law(1e6, 1e6) == pytest.approx(JOINT(1e6, 1e6), rel=1e-4)
+    assert known.tokens == 10**6 and known.misfit < .01
+    assert known.flops == pytest.approx(6 * N.max() * D.max(), rel=1e-3)
+    assert known_law(made_points()[:7]) is None
+    assert known_law(made_points(n=N[:8].clip(1e6, 2e6), d=D[:8])) is None, 'two sizes'
+    assert known_law(made_points() + made_points(key='other')) is None
+    older = [{k: v for k, v in p.items() if k != 'law_key'} for p in made_points()]
+    assert known_law(older) is None
+
+
+def test_a_plan_says_a_loss_only_where_a_law_is_of_its_text(tmp_path, monkeypatch):
+    recipe = load_recipe('micro', ['pretrain.tokens=400_000'])
+    assert loss_sentence(recipe) == ''
+    monkeypatch.setattr('lm_nb.bench.scaling.root', lambda: tmp_path)
+    (tmp_path / 'runs/sweep-broken').mkdir(parents=True)
+    (tmp_path / 'runs/sweep-broken/sweep.json').write_text('{"no": "list"')
+    (tmp_path / 'runs/sweep-mine').mkdir()
+    write_json(tmp_path / 'runs/sweep-mine/sweep.json', made_points(key=law_key(recipe)))
+    parameters = sum(parameter_counts(recipe.model).values())
+    assert f'about {JOINT(parameters, 400_000):.2f} nats' in loss_sentence(recipe)
+    far = load_recipe('micro', ['pretrain.tokens=1e9'])
+    assert 'of the work' in loss_sentence(far) and 'again' in loss_sentence(far)
+    assert loss_sentence(load_recipe('micro', ['vocab_size=1024'])) == ''
+    assert loss_sentence(load_recipe('micro', ['stages=sft', 'base=x'])) == ''
 
 
 def test_too_few_points_are_refused():

@@ -137,7 +137,7 @@ def fingerprints(
 # %% ../../nbs/4_training/09_pretrain.ipynb #e827e9a3
 def eval_rows(
     context:int, # positions in a row
-    tokens:int=2**13, # at a time
+    tokens:int=2**12, # at a time
 ) -> int: # rows, at least one
     "How many rows to read at once where nothing is learned"
     return max(1, tokens // context)

@@ -74,9 +74,10 @@ def tune_malloc() -> None:
     "Ask glibc to reuse large buffers instead of returning them to the system; elsewhere do nothing"
     try: mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError): return
-    M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+    M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX = -3, -1, -8
     mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)  # 0 means refused
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_ARENA_MAX, 1)  # what backward, a thread of its own, frees is used again
 
 # %% ../../nbs/4_training/08_stage.ipynb #3d79f7bd
 @dataclass

@@ -474,7 +474,7 @@ def _shipped_law():
     point = read_grid('law')[0]
     recipe = load_recipe(point.recipe, [f'{k}={v}' for k, v in point.keys.items()])
     law = JointLaw(c=0.54311, a=0.142674, b=0.0927707, e=-0.01212466)
-    return KnownLaw(law, law_key(recipe), 4_121_091, 2.02e13, 1.28)
+    return KnownLaw(law, law_key(recipe), 4_121_091, 8.1e13, 1.28)
 
 # %% ../../nbs/7_bench/09_scaling.ipynb #2e55a551
 def _laws():

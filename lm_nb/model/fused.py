@@ -77,6 +77,7 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, cuts):
         q, weights, y = q * q.shape[-1]**-0.5, [], torch.empty_like(q)
+        k, v = k.contiguous(), v.contiguous()  # once, or each matmul copies its block again
         ctx.cuts = cuts
         for now, seen in cuts:
             scores = q[:, :, now] @ k[:, :, seen].mT
@@ -88,6 +89,7 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         q, k, v, *weights = ctx.saved_tensors
+        g = g.contiguous()
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for (now, seen), w in zip(ctx.cuts, weights):
             gw = g[:, :, now] @ v[:, :, seen].mT

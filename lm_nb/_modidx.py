@@ -245,6 +245,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lm_nb.bench.speed._environment': ('7_bench/speed.html#_environment', 'lm_nb/bench/speed.py'),
                                    'lm_nb.bench.speed._equal_sides': ('7_bench/speed.html#_equal_sides', 'lm_nb/bench/speed.py'),
                                    'lm_nb.bench.speed._generate_in_turn': ('7_bench/speed.html#_generate_in_turn', 'lm_nb/bench/speed.py'),
+                                   'lm_nb.bench.speed._glance': ('7_bench/speed.html#_glance', 'lm_nb/bench/speed.py'),
                                    'lm_nb.bench.speed._gpu_curve': ('7_bench/speed.html#_gpu_curve', 'lm_nb/bench/speed.py'),
                                    'lm_nb.bench.speed._gpu_table': ('7_bench/speed.html#_gpu_table', 'lm_nb/bench/speed.py'),
                                    'lm_nb.bench.speed._has_transformers': ('7_bench/speed.html#_has_transformers', 'lm_nb/bench/speed.py'),

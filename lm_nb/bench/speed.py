@@ -512,7 +512,8 @@ def _generate_in_turn(
         sides |= {f'transformers {a}': _their_generate(gpt, a) for a in _ATTENTION}
     calls: dict = {f'{side}, fp32': partial(f, ids, max_new=max_new) for side, f in sides.items()}
     turns = in_turn(calls, rounds, torch.equal, synchronizer(device))
-    where = f'{name}, {rows} row{"s"*(rows > 1)}'
+    at = _where(device, torch.get_num_threads())
+    where = f'{name}, {rows} row{"s"*(rows > 1)}, {at}, fp32'
     yield from _compared(turns, where, rows*max_new, 'fp32', '≥ 1')
 
 # %% ../../nbs/7_bench/04_speed.ipynb #d6a06a92
@@ -607,3 +608,23 @@ def _gpu_curve(
     plt.close(fig)  # the notebook shows what a cell ends on, once
     return fig
 
+
+# %% ../../nbs/7_bench/04_speed.ipynb #6957fd51
+def _glance(
+    results:list[Result], # of one machine, with lines named as `_compared` names them
+) -> Table:
+    "What ours does in each case, and how many times as fast as the others it is"
+    def times(got): # a ratio that may not be there
+        if not got: return ''
+        return f'{got.median:.2f}' + (' [{:.2f} to {:.2f}]'.format(*got.interval)
+                                      if got.interval else '')
+    rows, others = [], ('plain loop', 'transformers')
+    for r in results:
+        got = {line.what: line.got for line in r.lines}
+        for case in [what.removesuffix(': ours') for what in got if what.endswith(': ours')]:
+            ratios = [got.get(f'{case}: ours against {other}') for other in others]
+            if any(ratios):
+                rows.append([f'{r.name}: {case}', got[f'{case}: ours'], *map(times, ratios)])
+    notes = dict.fromkeys(r.place.split('; load')[0] for r in results)
+    head = ['case', 'ours', 'times as fast as the plain loop', 'as the transformers library']
+    return Table(head, rows, notes=notes)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -249,7 +249,7 @@ def _plain_steps(
 # %% ../../nbs/7_bench/05_shakespeare.ipynb #a7cdad83
 class _Loop(NamedTuple):
     "A model in the plain loop"
-    model:torch.nn.Module
+    model:Any # ours or theirs
     steps:Iterator[float] # losses
 
     @property
@@ -333,11 +333,12 @@ def _race_sides(
 ) -> tuple[dict[str, Callable], list[tuple[GPT, _Ids]]]: # (sides, gets each run of ours)
     "A piece of each loop, which gives its first loss; and a run of ours with the next seed"
     ours = list[tuple[GPT, _Ids]]()
-    def go_on(loop): return [next(loop.steps) for _ in range(piece)][0]
     def run():
         ids = _by_token(text)
         ours.append((_our_run(ids, len(ours), **settings), ids))
-    return {name: partial(go_on, loop) for name, loop in loops.items()} | {'ours': run}, ours
+    theirs = {name: partial(_take_steps, partial(next, loop.steps), piece)
+              for name, loop in loops.items()}
+    return theirs | {'ours': run}, ours
 
 # %% ../../nbs/7_bench/05_shakespeare.ipynb #7449f0cb
 def _race(
@@ -368,15 +369,15 @@ def _race(
 # %% ../../nbs/7_bench/05_shakespeare.ipynb #b0781266
 @benchmark
 def _bench_shakespeare(path:str='', steps:int=2000, our_steps:int=_STEPS, threads:int=1,
-                       rounds:int=6):
+                       rounds:int=6, times:int=5):
     "Tiny Shakespeare: a step at equal shape, then seconds to the documented recipe's loss"
     text = _read_parts(path or None)
     if not _has_transformers(): yield _WITHOUT
     with _using_threads(threads):
         for dtype in dict.fromkeys(('fp32', pick_dtype(_CPU))):
-            turns = _equal_steps(_by_character(text), dtype, rounds)
+            turns = _equal_steps(_by_character(text), dtype, rounds, times)
             at = f'equal shape, {_where(_CPU, threads)}, {dtype}'
-            yield from _compared(turns, at, 5*768, dtype, '≥ 1.15')
+            yield from _compared(turns, at, times*768, dtype, '≥ 1.15')
             best = _best_side(turns, 'transformers', dtype) or ''
             attention = best.removeprefix('transformers ').removesuffix(f', {dtype}')
             yield from _race(text, dtype, attention, steps, our_steps)

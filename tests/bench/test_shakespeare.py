@@ -156,7 +156,8 @@ def test_without_the_transformers_library_the_race_says_so(monkeypatch, tmp_path
         monkeypatch.setattr(module, 'pick_dtype', lambda *_: 'fp32')
     monkeypatch.setattr(s, '_by_token', lambda text: s._by_character(text))
     (tmp_path/'input.txt').write_text(TEXT.train + TEXT.valid)
-    found = list(s._bench_shakespeare(str(tmp_path/'input.txt'), steps=5, our_steps=1, rounds=1))
+    found = list(s._bench_shakespeare(str(tmp_path/'input.txt'), steps=5, our_steps=1, rounds=1,
+                                 times=1))
     lines = {f.what: f.got for f in found if isinstance(f, Line)}
     assert [f for f in found if isinstance(f, str)] == [s._WITHOUT]
     shape, race = (f'{which}, 1 thread, fp32' for which in ('equal shape', 'same loss'))

@@ -396,6 +396,13 @@ def pick_device(
           f'device = {name}: this torch finds no {device.type.upper()} device; use device=auto')
     return device
 
+# %% ../nbs/core.ipynb #13d51a71
+def _instructions():
+    "The vector instructions that torch uses here: those that the CPU has, or that it is held to"
+    import torch
+    held = 'held to '*bool(os.environ.get('ATEN_CPU_CAPABILITY'))
+    return held + torch.backends.cpu.get_cpu_capability()
+
 # %% ../nbs/core.ipynb #d4f77738
 def _has_bf16_unit():
     "Whether this CPU says that it multiplies bfloat16 (AVX512-BF16, AMX, or Arm's BF16)"
@@ -405,7 +412,8 @@ def _has_bf16_unit():
     else:
         info = Path('/proc/cpuinfo')
         said = info.read_text().split() if info.exists() else []
-    return not {'avx512_bf16', 'amx_bf16', 'bf16'}.isdisjoint(said)
+    wide = {'avx512_bf16', 'amx_bf16'} if 'AVX512' in _instructions() else set()
+    return not {'bf16', *wide}.isdisjoint(said)
 
 # %% ../nbs/core.ipynb #6ecc1085
 def pick_dtype(
@@ -434,12 +442,12 @@ def _cpu_name():
 def hardware(
     device:'torch.device | None' = None, # the best one if not given
 ) -> dict[str, Any]:
-    "What a speed was measured on: device, cores, versions, date"
+    "What a speed was measured on: device, instruction set of the CPU, cores, versions, date"
     import torch
     device = device or pick_device()
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else _cpu_name()
-    return dict(device=device.type, name=name, cpu_cores=os.cpu_count(),
-                threads=torch.get_num_threads(), torch=torch.__version__,
+    return dict(device=device.type, name=name, instructions=_instructions(),
+                cpu_cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__,
                 python=platform.python_version(), system=platform.system(),
                 date=datetime.date.today().isoformat())
 

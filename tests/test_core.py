@@ -1,5 +1,5 @@
 """Recipes as people write them, files that appear whole or not at all"""
-import json, os, signal, subprocess, sys
+import json, os, platform, signal, subprocess, sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -312,6 +312,19 @@ def test_the_format_follows_from_what_the_cpu_has_and_not_from_a_timing(monkeypa
     monkeypatch.setattr(core, '_has_bf16_unit', lambda: unit)
     monkeypatch.setattr('time.perf_counter', lambda: pytest.fail('timed'))
     assert core.pick_dtype(torch.device('cpu')) == ('bf16' if unit else 'fp32')
+
+
+@pytest.mark.skipif(platform.machine() not in ('x86_64', 'AMD64'), reason='instructions of x86')
+def test_a_cpu_that_is_held_to_avx2_says_so_and_computes_in_fp32():
+    import torch
+    code = """import torch, lm_nb.core as core
+torch.cpu.get_capabilities = lambda: dict(avx2=True, avx512_bf16=True)
+print(core.hardware()['instructions'], core.pick_dtype(torch.device('cpu')), sep=', ')"""
+    said = [subprocess.run([sys.executable, '-c', code], env=os.environ | held, text=True,
+                           capture_output=True, check=True).stdout.strip()
+            for held in ({}, dict(ATEN_CPU_CAPABILITY='avx2'))]
+    free = torch.backends.cpu.get_cpu_capability()
+    assert said == [f'{free}, {"bf16" if free == "AVX512" else "fp32"}', 'held to AVX2, fp32']
 
 
 @pytest.mark.parametrize('env', [{}, {'IN_TEST': '1'}, {'RANK': '1'}, {'RANK': '0'}], ids=str)

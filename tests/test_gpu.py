@@ -40,7 +40,7 @@ FIGURES = {
                 'ours compiled against plain loop sdpa, .*',
     'memory': 'a step, all logits by chunks|the loss alone: peak memory, all logits by chunked',
     'attention': r'documents: math|speed with documents \(\w+\), of that without .*',
-    'generating': 'toy, 1 row: ours against plain loop|toy, 2 rows: ours',
+    'generating': 'toy, 1 row, .*: ours against plain loop|toy, 2 rows, .*: ours',
     'decoding': 'base-124m, 1 row: speed, of what memory allows|base-124m, 16 rows',
     'resume': 'equal steps, attention kernel: math',
     'packed': 'ours: speed with documents, of that without|ours compiled, .*',

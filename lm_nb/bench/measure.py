@@ -198,6 +198,15 @@ def _versions(
         except PackageNotFoundError: pass
     return out
 
+# %% ../../nbs/7_bench/02_measure.ipynb #6977457b
+def _machine(
+    where:dict, # as `provenance` gives it
+) -> str:
+    "A machine and the instructions of its CPU, where these were noted"
+    said, cpu = where.get('instructions'), where['device'] == 'cpu'
+    if not said or not cpu: return where['name']
+    return f"{where['name']}{' ' if said.startswith('held') else ', '}{said}"
+
 # %% ../../nbs/7_bench/02_measure.ipynb #13272920
 @dataclass(repr=False)
 class Result(Table):
@@ -208,10 +217,11 @@ class Result(Table):
     where:dict # hardware, dtype, versions, commit, date
     seconds:float = 0. # how long it took
     options:dict = field(default_factory=dict) # {parameter: value} of the benchmark
+    remarks:list[str] = field(default_factory=list) # what was left out, and why
 
     def __post_init__(self):
-        head = [self.name, 'median', '95 % interval', 'spread', 'goal']
-        super().__init__(head, [l.cells for l in self.lines], self.about, [self.place])
+        head, notes = ['median', '95 % interval', 'spread', 'goal'], [*self.remarks, self.place]
+        super().__init__([self.name, *head], [l.cells for l in self.lines], self.about, notes)
 
     def __getitem__(self, what:str) -> Measure: # of the line of that name
         return next(l.got for l in self.lines if l.what == what)
@@ -221,7 +231,7 @@ class Result(Table):
         w = {'threads': '?', 'dtype': 'dtype not recorded', 'versions': {}, **self.where}
         used = dict(torch=w['torch'], **w['versions'], Python=w['python'], lm_nb=w.get('lm_nb'))
         numbers = ', '.join(f'{name} {number}' for name, number in used.items() if number)
-        return (f"{w['name']}, {w['cpu_cores']} cores, {w['device']}, {w['threads']} threads, "
+        return (f"{_machine(w)}, {w['cpu_cores']} cores, {w['device']}, {w['threads']} threads, "
                 f"{w['dtype']}; {numbers}, commit {w.get('commit', 'not recorded')}; {w['date']}; "
                 f"load before: {w.get('load')}")
 
@@ -242,6 +252,15 @@ def read_result(
     lines = [Line(what, Measure(tuple(got['values']), got['unit']), goal)
              for what, got, goal in kept.pop('lines')]
     return Result(lines=lines, **kept)
+
+# %% ../../nbs/7_bench/02_measure.ipynb #c9eb606c
+def _kept_results(
+    name:str, # of a benchmark
+    folder:str|Path='results', # holds NAME.json, and folders with one of another machine
+) -> list[Result]:
+    "All records of a benchmark, those of machines without bf16 first"
+    paths = [*Path(folder).glob(f'{name}.json'), *sorted(Path(folder).glob(f'*/{name}.json'))]
+    return sorted(map(read_result, paths), key=lambda r: r.where['dtype'] != 'fp32')
 
 # %% ../../nbs/7_bench/02_measure.ipynb #c5b1d36b
 def summary_table(
@@ -277,7 +296,7 @@ BENCHMARKS: dict[str, Callable] = {}
 
 # %% ../../nbs/7_bench/02_measure.ipynb #aaa244d9
 def benchmark(
-    f:Callable, # `_bench_NAME(size=…, …)`, yields `Line`s
+    f:Callable, # `_bench_NAME(size=…, …)`, yields `Line`s, and a text where it leaves something out
 ) -> Callable:
     "Put a function on the list of benchmarks as NAME"
     BENCHMARKS[f.__name__.removeprefix('_').removeprefix('bench_')] = f
@@ -316,8 +335,9 @@ def _run(name:str, options:dict, log:Callable) -> Result:
         lines.append(line)
         log(f'  {line}')
     where['versions'] = _versions()
-    return Result(name, f.__doc__ or '', lines, where, round(time.perf_counter() - start, 1),
-                  defaults | options)
+    return Result(name, f.__doc__ or '', [l for l in lines if isinstance(l, Line)], where,
+                  round(time.perf_counter() - start, 1), defaults | options,
+                  [l for l in lines if isinstance(l, str)])
 
 # %% ../../nbs/7_bench/02_measure.ipynb #370d1903
 def run_benchmarks(

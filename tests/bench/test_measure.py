@@ -183,7 +183,8 @@ def test_results_can_be_kept(monkeypatch):
     kept = json.loads(json.dumps([asdict(r) for r in results]))
     assert kept[0]['lines'][0][1]['values'] == [1., 2.]
     assert {'name', 'torch', 'date', 'dtype', 'versions'} <= kept[0]['where'].keys()
-    assert {tuple(k) for k in kept} == {('name', 'about', 'lines', 'where', 'seconds', 'options')}
+    assert {tuple(k) for k in kept} == {('name', 'about', 'lines', 'where', 'seconds', 'options',
+                                              'remarks')}
 
 
 def test_a_result_is_a_table_with_its_origin(monkeypatch):
@@ -199,6 +200,31 @@ def test_a_result_is_a_table_with_its_origin(monkeypatch):
     assert both.notes == [results[1].place]
     assert summary_table([]).notes == []
     assert len(plot_goals(results).axes[0].patches) == 1
+
+
+def test_what_is_left_out_is_told_and_kept(monkeypatch, tmp_path):
+    def some():
+        "A line"
+        yield 'nothing is there to compare'
+        yield Line('x', Measure((1.,)))
+    monkeypatch.setattr(bench, 'BENCHMARKS', dict(some=some))
+    told = []
+    result, = run_benchmarks(log=told.append, save=tmp_path)
+    assert told[1:] == ['  nothing is there to compare', '  x: 1']
+    again = read_result(tmp_path/'some.json')
+    assert [line.what for line in again.lines] == ['x']
+    assert again.notes == [*result.remarks, again.place] == ['nothing is there to compare',
+                                                             result.place]
+
+
+@pytest.mark.parametrize('said,shown', [('AVX512', 'p, AVX512, 2 cores'),
+                                        ('held to AVX2', 'p held to AVX2, 2 cores'),
+                                        (None, 'p, 2 cores')])
+def test_a_speed_stands_with_the_instructions_of_its_cpu(said, shown):
+    where = dict(name='p', cpu_cores=2, device='cpu', torch='2', python='3', date='2030-01-01',
+                 instructions=said)
+    assert Result('x', 'y', [], where).place.startswith(shown)
+    assert Result('x', 'y', [], dict(where, device='cuda')).place.startswith('p, 2 cores')
 
 
 def test_where_says_what_was_not_recorded():

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lm_nb.bench import shakespeare as s
+from lm_nb.bench import shakespeare as s, speed
+from lm_nb.bench.measure import Line
 from lm_nb.core import UserError
 from lm_nb.model.gpt import GPT, GPTConfig
 
@@ -116,3 +117,51 @@ def test_rates_are_chosen_on_a_text_that_is_not_reported():
     text = s._in_two(''.join(chr(97 + i % 26) for i in range(1000)))
     inner = s._in_two(text.train)
     assert inner.train + inner.valid == text.train and len(inner.valid) == 90
+
+
+def first_losses(dtype, attention):
+    "Of the plain loop and of theirs, with three steps between that change every weight"
+    loops = s._loops(s._by_character(TEXT), attention, seed=3, total=20, dtype=dtype)
+    return [[next(loop.steps) for _ in range(4)] for loop in loops.values()], loops
+
+
+@pytest.mark.parametrize('attention', ['sdpa', 'eager'])
+def test_the_transformers_library_starts_and_goes_on_as_the_plain_loop(attention):
+    pytest.importorskip('transformers')
+    (plain, theirs), loops = first_losses('fp32', attention)
+    assert theirs[0] == pytest.approx(plain[0], rel=1e-4) and theirs[0] != theirs[1]
+    assert theirs == pytest.approx(plain, rel=1e-3)
+    kept, other = (loop.trained for loop in loops.values())
+    assert kept is loops['plain loop'].model and isinstance(other, GPT)
+    ids = s._by_character(TEXT)
+    assert s._bits_per_byte(other, ids) == pytest.approx(s._bits_per_byte(kept, ids), rel=1e-3)
+
+
+def test_a_model_that_starts_elsewhere_does_not_race(monkeypatch):
+    pytest.importorskip('transformers')
+    right = s._their_model
+    def wrong(gpt, attention):
+        theirs = right(gpt, attention)
+        with torch.no_grad(): theirs.transformer.wte.weight.mul_(1.5)
+        return theirs
+    monkeypatch.setattr(s, '_their_model', wrong)
+    monkeypatch.setattr(s, '_by_token', lambda text: s._by_character(text))
+    with pytest.raises(UserError, match='transformers gave a different result than plain loop'):
+        list(s._race(TEXT, 'fp32', 'sdpa', steps=5, our_steps=1))
+
+
+def test_without_the_transformers_library_the_race_says_so(monkeypatch, tmp_path):
+    for module in (s, speed):
+        monkeypatch.setattr(module, '_has_transformers', lambda: False)
+        monkeypatch.setattr(module, 'pick_dtype', lambda *_: 'fp32')
+    monkeypatch.setattr(s, '_by_token', lambda text: s._by_character(text))
+    (tmp_path/'input.txt').write_text(TEXT.train + TEXT.valid)
+    found = list(s._bench_shakespeare(str(tmp_path/'input.txt'), steps=5, our_steps=1, rounds=1,
+                                 times=1))
+    lines = {f.what: f.got for f in found if isinstance(f, Line)}
+    assert [f for f in found if isinstance(f, str)] == [s._WITHOUT]
+    shape, race = (f'{which}, 1 thread, fp32' for which in ('equal shape', 'same loss'))
+    for at in (shape, race):
+        assert f'{at}: ours' in lines and f'{at}: ours against plain loop' in lines
+    assert not any('transformers' in what for what in lines)
+    assert lines[f'{race}: plain loop'].unit == 's' and lines[f'{shape}: ours'].unit == 'tokens/s'

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lm_nb.bench import shakespeare, speed
+from lm_nb.bench import measure as bench, shakespeare, speed
 from lm_nb.bench.measure import (
     BENCHMARKS, Measure, Turns, load_benchmarks, read_result, run_benchmarks)
 from lm_nb.core import UserError
@@ -48,14 +48,14 @@ def test_every_benchmark_is_on_the_list_with_options_a_command_line_can_give(mod
 def test_the_page_says_of_every_benchmark_what_it_compares():
     prose = ''.join(source for kind, source, _ in chapter('speed') if kind == 'markdown')
     named = re.findall(r'^\| `lm-nb bench (\w+)` \|', prose, re.M)
-    assert sorted(named) == sorted(names_of('speed'))
+    assert sorted(named) == sorted([*names_of('speed'), 'shakespeare'])
 
 
 UNITS = r'GFLOP/s|tokens/s|nats|steps|times|GB|MB/s|MB|ms|s|%'
 FIGURE = re.compile(rf'(?<![\d.,])(\d[\d,]*\.\d+|\d[\d,]*(?= (?:{UNITS})\b| %))')
 
 
-@pytest.mark.parametrize('name,least', [('data_speed', 7), ('shakespeare', 2), ('profiling', 4)])
+@pytest.mark.parametrize('name,least', [('data_speed', 7), ('profiling', 4)])
 def test_what_is_said_about_recorded_figures_is_what_was_recorded(name, least):
     cells = chapter(name)
     slow = [i for i, (_, source, _) in enumerate(cells) if source.startswith('#| slow')]
@@ -66,24 +66,26 @@ def test_what_is_said_about_recorded_figures_is_what_was_recorded(name, least):
     assert len(said) >= least and [n for n in said if not there(n)] == []
 
 
-@pytest.mark.parametrize('name,heading', [('speed', '## Results'),
+@pytest.mark.parametrize('name,heading', [('speed', '## Results'), ('shakespeare', '## Results'),
                                           ('plan', '## A plan beside what happened')])
 def test_a_page_of_records_has_no_figure_that_was_typed(name, heading):
     cells = chapter(name)
     start, = (i for i, (_, source, _) in enumerate(cells) if source.startswith(heading))
     prose = ' '.join(source for kind, source, _ in cells[start:] if kind == 'markdown')
-    prose = prose.split('## Exercises')[0]
+    prose = re.split('## Exercises|## Where the factor', prose)[0]
     assert FIGURE.findall(re.sub(r'```.*?```', '', prose, flags=re.S)) == []
-    assert not any(source.startswith('#| slow') for _, source, _ in cells)
+    assert not any(source.startswith('#| slow') for _, source, _ in cells[start:])
 
 
 def test_records_say_what_was_measured_where_and_how():
     kept = {p.stem for p in (NBS/'results').glob('*.json')}
-    assert kept - {'gpu'} == names_of('speed') | {'shakespeare'}  # tools/gpu.sh: a card's
-    command = next(re.search(r'lm-nb bench (.*) share=', source)[1]
-                   for kind, source, _ in chapter('speed') if source.startswith('## Results'))
-    assert set(command.split()) == names_of('speed'), 'one command records all of them'
-    for path in (NBS/'results'/f'{name}.json' for name in names_of('speed')):
+    recorded = names_of('speed') | {'shakespeare'}
+    assert kept - {'gpu', 'shakespeare_rates'} == recorded  # gpu: by tools/gpu.sh
+    said = next(s for kind, s, _ in chapter('speed') if s.startswith('## Results'))
+    all_of_them, some = re.findall(r'lm-nb bench ([a-z ]+?) (?:share|save)=', said)
+    held = {p.stem for p in (NBS/'results'/'avx2').glob('*.json')}
+    assert set(all_of_them.split()) == recorded and set(some.split()) == held
+    for path in (p for p in (NBS/'results').rglob('*.json') if p.stem in recorded):
         result = read_result(path)
         assert result.name == path.stem and result.lines
         assert {'name', 'cpu_cores', 'threads', 'torch', 'commit', 'lm_nb', 'dtype', 'date',
@@ -93,7 +95,7 @@ def test_records_say_what_was_measured_where_and_how():
         assert re.search(r'bf16|fp32', str(result).splitlines()[-1])
 
 
-@pytest.mark.parametrize('name', ['data_speed', 'shakespeare', 'profiling'])
+@pytest.mark.parametrize('name', ['data_speed', 'profiling'])
 def test_a_recorded_table_says_on_what_and_when(name):
     tables = [out['data']['text/markdown'] for _, source, outs in chapter(name)
               if source.startswith('#| slow') for out in outs if 'text/markdown' in out['data']]
@@ -170,9 +172,28 @@ def test_ours_computes_fast_and_the_plain_loop_step_by_step(faster_ops):
     assert faster_ops == [fast, set(), fast, {'attention'}]
     ids = shakespeare._by_character(shakespeare._Text('Speak, speak. '*80, 'Hear me. '*9))
     shape = dict(n_layer=1, n_head=2, d_model=16, d_ff=32, context=16)
-    next(shakespeare._plain_steps(*shakespeare._plain_model(ids), ids))
+    next(shakespeare._plain_steps(shakespeare._plain_model(ids), ids))
     shakespeare._our_run(ids, steps=1, rows=2, shape=shape)
     assert faster_ops[4:] == [set(), fast]
+
+
+def test_a_side_that_is_not_installed_is_left_out_with_a_line(monkeypatch):
+    monkeypatch.setattr(speed, '_has_transformers', lambda: False)
+    result, = run_benchmarks(['training'], log=None, times=1, rounds=1, options=TINY)
+    assert result.remarks == [speed._WITHOUT] and result.notes == [speed._WITHOUT, result.place]
+    assert result.lines and not any('transformers' in line.what for line in result.lines)
+
+
+def test_at_a_glance_the_instructions_are_named_and_ordinary_machines_come_first():
+    tables = {}
+    for name in ('training', 'shakespeare'):
+        for result in bench._kept_results(name, NBS/'results'):
+            tables.setdefault(result.where['dtype'], []).append(result)
+    assert list(tables) == ['fp32', 'bf16']
+    ordinary = speed._glance(tables['fp32'])
+    assert 'AMD EPYC held to AVX2, 2 cores' in ordinary._repr_markdown_()
+    assert {case.split(':')[0] for case, *_ in ordinary.rows} == {'training', 'shakespeare'}
+    assert all(', fp32' in case and loop and theirs for case, _, loop, theirs in ordinary.rows)
 
 
 def test_steps_in_a_process_of_its_own():

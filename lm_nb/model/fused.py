@@ -272,7 +272,8 @@ def _fused_norm_rope(norm, x, ctx):
 def _fused_context(cfg, h, doc=None, pos=None, cache=None):
     pos, ctx = attn_context(cfg, h, doc, pos, cache)
     mask, T, dtype, learns = ctx.mask, h.shape[1], working_dtype(h), _learns_on_cpu(h)
-    by_matmuls = learns or (h.device.type == 'cpu' and dtype == torch.bfloat16)
+    short = T <= 64 and dtype == torch.float32  # the library's kernel is quicker
+    by_matmuls = learns and not short or (h.device.type == 'cpu' and dtype == torch.bfloat16)
     if mask is None and T > 1 and by_matmuls:
         mask = torch.ones(T, T, dtype=torch.bool, device=h.device).tril()
     if mask is not None:

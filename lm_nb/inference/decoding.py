@@ -11,16 +11,19 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import NamedTuple
+from functools import cached_property, partial
+from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..model.gpt import GPT, rotary_table
+from ..core import check
+from ..model.gpt import GPT, ops, rotary_table
 from ..model.fused import working_dtype
 from .sampling import (
-    SampleConfig, eval_mode, plain_decode, register_decoder, sample_next)
+    SampleConfig, _seen, eval_mode, plain_decode, register_decoder, sample_next)
 
 # %% ../../nbs/3_inference/02_decoding.ipynb #9ca81977
 def _left_align(
@@ -34,176 +37,211 @@ def _left_align(
     column = torch.arange(int(length.max()), device=ids.device) + (T - length)[:, None]
     return ids.gather(1, column.clamp(max=T-1)), length
 
+# %% ../../nbs/3_inference/02_decoding.ipynb #3ea6283d
+_PACKS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+_SMALL, _LARGE = 2**15, 2**20 # entries: small weights gain nothing in blocks, large ones lie once
+
+class _Linear:
+    "Linear layers that read the same input, as one, with the weight laid out for the rows at hand"
+    def __init__(self, weights, biases, dtype): # lists of (out, in) and of (out,) or None
+        self.weights, self.dtype = [w.detach() for w in weights], dtype
+        self.bias = None if biases[0] is None else torch.cat(biases).detach().to(dtype)
+        self.size = sum(w.numel() for w in weights)
+        self.packs = _PACKS and weights[0].device.type == 'cpu' and dtype == torch.float32
+
+    def __call__(self, x): # (N, in) -> (N, out)
+        if not self.packs: return F.linear(x, self.weight, self.bias)
+        if self.size > _LARGE or self.size > _SMALL and len(x) > 3:
+            return torch.ops.mkldnn._linear_pointwise(x, self.blocks, self.bias, 'none', [], '')
+        if self.bias is None: return torch.mm(x, self.columns)
+        return torch.addmm(self.bias, x, self.columns)
+
+    def _joined(self):
+        return torch.cat(self.weights) if self.weights[1:] else self.weights[0]
+    weight = cached_property(lambda self: self._joined().to(self.dtype))
+    columns = cached_property(lambda self: self._joined().t().contiguous())
+    blocks = cached_property(
+        lambda self: torch.ops.mkldnn._reorder_linear_weight(self._joined().contiguous(), 16))
+
+# %% ../../nbs/3_inference/02_decoding.ipynb #807888b5
+def _cast(x, dtype): return x if x.dtype == dtype else x.to(dtype)
+
+def _by_hand(weight): return weight.device.type == 'cpu' and weight.dtype.itemsize >= 4
+
+def _unit(weight, eps):
+    "RMS norm in two: x (…, n) -> x / c, and the scale (…, n) times c / rms(x)"
+    n = weight.shape[-1]
+    if not _by_hand(weight): return lambda x: F.rms_norm(x, (n,), None, eps), weight
+    floor = torch.tensor((n * eps)**.5, dtype=weight.dtype)
+    length = partial(torch.linalg.vector_norm, dim=-1, keepdim=True)
+    return lambda x: x / length(x).hypot(floor), weight * n**.5
+
+def _norm(m, dtype):
+    "The function of a norm, with its result in `dtype`"
+    shape, weight, eps = m.weight.shape, m.weight.detach(), m.eps
+    if isinstance(m, nn.LayerNorm):
+        bias = m.bias.detach()
+        return lambda x: _cast(F.layer_norm(x, shape, weight, bias, eps), dtype)
+    if not _by_hand(weight): return lambda x: _cast(F.rms_norm(x, shape, weight, eps), dtype)
+    unit, gain = _unit(weight, eps)
+    return lambda x: _cast(unit(x).mul_(gain), dtype)
+
+# %% ../../nbs/3_inference/02_decoding.ipynb #058428f7
+def _fuse_block(block, dtype):
+    "Norms and matmuls of a `Block` in a dtype, those in one that read the same input"
+    a, m = block.attn, block.mlp
+    def one(*linears): return _Linear([x.weight for x in linears], [x.bias for x in linears], dtype)
+    up = one(m.gate_proj, m.up_proj) if hasattr(m, 'gate_proj') else one(m.up_proj)
+    return SimpleNamespace(
+        norm1=_norm(block.norm1, dtype), norm2=_norm(block.norm2, dtype), up=up,
+        qkv=one(a.q_proj, a.k_proj, a.v_proj), out=one(a.o_proj), down=one(m.down_proj))
+
+def _mlp(layer, x):
+    x = layer.up(x)
+    if layer.up.bias is not None: return layer.down(F.gelu(x, approximate='tanh'))
+    gate, x = x.chunk(2, -1)
+    return layer.down(F.silu(gate).mul_(x))
+
+# %% ../../nbs/3_inference/02_decoding.ipynb #98e505d5
+class _FusedQKNormRope:
+    "Norm and rotary embedding of queries and keys together, for all layers"
+    def __init__(self, model:GPT): # with arch = qwen3
+        c, attns = model.cfg, [b.attn for b in model.blocks]
+        self.half, self.size, self.theta = c.head_size // 2, c.head_size, c.rope_theta
+        def gain(a):
+            norms = (a.q_norm, c.n_head), (a.k_norm, c.kv_heads)
+            return torch.cat([norm.weight.expand(heads, -1) for norm, heads in norms])
+        gains = torch.stack([gain(a) for a in attns])[:, None].detach() # (L, 1, H + G, K)
+        self.unit, self.gain = _unit(gains, c.norm_eps)
+        self.other_gain = self.gain.roll(self.half, -1) # of the entry from the other half
+
+    def table(self, pos): # (T,) -> cosines and sines (T, 1, K)
+        cos, sin = rotary_table(pos, self.size, self.theta)
+        return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
+
+    def factors(self, cos, sin, most=2**22): # (T, 1, K) -> (c, s) of each layer, (T, H + G, K) each
+        n = max(1, most // (len(cos) * self.gain[0].numel())) # layers at a time
+        for g, other in zip(self.gain.split(n), self.other_gain.split(n)):
+            yield from zip((g * cos).unbind(), (other * sin).unbind())
+
+    def __call__(self, x, c, s): # x (N, H + G, K), a multiple of T rows
+        n = self.unit(_cast(x, c.dtype)).view(-1, *c.shape)
+        return _cast((n * c).addcmul_(n.roll(self.half, -1), s).view(x.shape), x.dtype)
+
+# %% ../../nbs/3_inference/02_decoding.ipynb #492881c2
+class _FusedGPT:
+    "The weights of a model and what is done with them"
+    def __init__(self, model:GPT):
+        c, self.dtype = model.cfg, working_dtype(model.embed.weight)
+        self.cfg, self.embed = c, model.embed.weight.detach()
+        self.layers = [_fuse_block(b, self.dtype) for b in model.blocks]
+        self.norm = _norm(model.norm, self.dtype)
+        self.head = _Linear([model.head_weight[:c.vocab_size]], [None], self.dtype)
+        self.rope = None if c.arch == 'gpt2' else _FusedQKNormRope(model)
+        self.pos_embed = model.pos_embed.weight.detach() if c.arch == 'gpt2' else None
+
+    def table(self, pos:Tensor) -> tuple: # (T,) -> what `hidden` has to know of them, (T, …) each
+        return (F.embedding(pos, self.pos_embed),) if self.rope is None else self.rope.table(pos)
+
+    def hidden(self,
+        ids:Tensor, # tokens (N,), row after row
+        table:tuple, # of their positions, for one row or for all
+        kv, # `mix(layer, q, k, v)` keeps keys and values and attends, (N, H, K) -> (N, H K)
+    ) -> Tensor: # the stream (N, D)
+        h, factors = F.embedding(ids, self.embed), [None]*self.cfg.n_layer
+        if self.rope is None: h = (h.view(-1, *table[0].shape) + table[0]).view(h.shape)
+        else: factors = self.rope.factors(*table)
+        for i, (layer, cs) in enumerate(zip(self.layers, factors)):
+            h = h + layer.out(kv.mix(i, *self._qkv(layer, layer.norm1(h), cs)))
+            h = h + _mlp(layer, layer.norm2(h))
+        return h
+
+    def logits(self, h:Tensor) -> Tensor: return self.head(self.norm(h)) # (N, D) -> (N, V)
+
+    def _qkv(self, layer, x, cs):
+        H, G = self.cfg.n_head, self.cfg.kv_heads
+        x = layer.qkv(x).view(len(x), -1, self.cfg.head_size)
+        qk, v = torch.split_with_sizes(x, (H + G, G), 1)
+        return *torch.split_with_sizes(qk if cs is None else self.rope(qk, *cs), (H, G), 1), v
+
 # %% ../../nbs/3_inference/02_decoding.ipynb #822eee68
-class _Prefill:
-    "A `KVCache` for prompts, which writes into given buffers"
-    def __init__(self,
-        k:Tensor, # (L, B, G, S, K), written from column `length`
-        v:Tensor, # likewise
-        length:int=0, # how many columns are filled
-    ): self.k, self.v, self.length = k, v, length
+class _Window:
+    "Keeps the keys and values of columns, and attends from them to all up to each"
+    def __init__(self, k, v, start, end, # (L, B, G, S, K), written from column start to end
+                 at=None, bias=None): # or at columns (B,); added to the scores (B, 1, 1, end)
+        (_, B, G, _, K), T, self.bias, self.at = k.shape, end - start, bias, None
+        self.rows, self.groups = (B, T, -1, K), (B, G, -1, K)
+        self.new = [*zip(*(x.narrow(3, start, T).unbind() for x in (k, v)))]
+        self.all = [*zip(*(x.narrow(3, 0, end).unbind() for x in (k, v)))]
+        if at is not None: self.at = at[:, None, None, None].expand(B, G, 1, K)
+        if start and T > 1:
+            hidden = torch.ones(T, end, dtype=torch.bool, device=k.device).triu(start + 1)
+            self.bias = k.new_zeros(T, end).masked_fill_(hidden, -math.inf)
 
-    def note(self, doc, n):
-        "Rows begin at column 0 and hold one document each"
-        return doc
-
-    def extend(self, layer, k, v):
-        "Store keys and values of a layer; what to attend to is those, and what was there before"
-        now = slice(self.length, self.length + k.shape[2])
-        for buffer, new in ((self.k, k), (self.v, v)): buffer[layer, :, :, now] = new
-        if self.length == 0: return k, v
-        return self.k[layer, :, :, :now.stop], self.v[layer, :, :, :now.stop]
+    def mix(self, layer:int, q:Tensor, k:Tensor, v:Tensor) -> Tensor: # (B T, H, K) -> (B T, H K)
+        k, v = (x.view(self.rows).transpose(1, 2) for x in (k, v))
+        for old, seen, new in zip(self.new[layer], self.all[layer], (k, v)):
+            if self.at is None: old.copy_(new)
+            else: seen.scatter_(2, self.at, new)
+        if self.rows[1] == 1: # the query heads of a key head, like several queries of one head
+            q, (k, v) = q.reshape(self.groups), self.all[layer]
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
+            return y.reshape(len(y), -1)
+        q = q.view(self.rows).transpose(1, 2)
+        y = ops.attention(q, *self.all[layer], self.bias) # (B, H, T, K)
+        return y.transpose(1, 2).flatten(0, 1).flatten(1)
 
 # %% ../../nbs/3_inference/02_decoding.ipynb #d7a6c73d
-def _shared(
-    ids:Tensor, # (B, T) rows that begin at column 0
-    length:Tensor, # (B,) how many tokens of each count
-    least:int=16, # fewer are not worth the trouble
-) -> int: # tokens that all rows begin with, the last of no row among them; 0 if too few
-    "How much of a batch needs to be read once only"
+def _shared(ids, length, least=16): # (B, T), how many of each count (B,); fewer: not worth it
+    "How many tokens all rows begin with, the last of no row among them; 0 if too few"
     if len(ids) == 1: return 0
     alike = (ids == ids[0]).all(0).int().cumprod(0)[:int(length.min()) - 1]
     n = int(alike.sum())
     return n if n >= least else 0
 
 # %% ../../nbs/3_inference/02_decoding.ipynb #a2f970ea
-def _prefill(
-    model:GPT,
-    ids:Tensor, # (B, T) rows that begin at column 0
-    length:Tensor, # (B,) how many tokens of each count
-    k:Tensor, # (L, B, G, S, K), filled here
-    v:Tensor, # likewise
-    tokens:int=2**15, # read at most this many at a time, or one row
-) -> Tensor: # logits (B, V) of the token after each row
-    "Read prompts, and store their keys and values"
-    n, out = _shared(ids, length), []
+def _prefill(fused, ids, length, k, v, # rows (B, T) and how much of each counts (B,); buffers
+             tokens=2**15): # read at most this many at a time, or one row
+    "Read prompts, store keys and values (L, B, G, S, K); logits (B, V) of the token after each row"
+    n, (B, T), out, most = _shared(ids, length), ids.shape, [], len(fused.embed) - 1
+    check(0 <= ids.min() and ids.max() <= most, f'ids from {ids.min()} to {ids.max()}, but the '
+          f'model knows 0 to {most}; was the text encoded by another tokenizer?')
+    table = fused.table(torch.arange(T, device=ids.device))
+    def read(rows, start, end):
+        kv, now = _Window(k[:, rows], v[:, rows], start, end), slice(start, end)
+        h = fused.hidden(ids[rows, now].flatten(), tuple(t[now] for t in table), kv)
+        return h.view(-1, end - start, h.shape[-1])
     if n:
-        model.hidden(ids[:1, :n], cache=_Prefill(k[:, :1], v[:, :1]))
+        read(slice(1), 0, n)
         for buffer in (k, v): buffer[:, 1:, :, :n] = buffer[:, :1, :, :n]
-    n_rows = max(1, tokens // (ids.shape[1] - n))
-    for start in range(0, len(ids), n_rows):
-        rows = slice(start, start + n_rows)
-        h = model.hidden(ids[rows, n:], cache=_Prefill(k[:, rows], v[:, rows], n))
-        out.append(model.head(h[torch.arange(len(h), device=h.device), length[rows] - n - 1]))
+    n_rows = max(1, tokens // (T - n))
+    for start in range(0, B, n_rows):
+        h = read(rows := slice(start, start + n_rows), n, T)
+        last = h[torch.arange(len(h), device=h.device), length[rows] - n - 1]
+        out.append(fused.logits(last))
     return torch.cat(out)
 
-# %% ../../nbs/3_inference/02_decoding.ipynb #3ea6283d
-class _FusedLayer(NamedTuple):
-    "The weights of a block, in one matrix where they read the same input"
-    norm1: Callable # (B, D) -> (B, D)
-    qkv: tuple # weight ((H + 2G) K, D), bias or None
-    out: tuple # weight (D, H K), bias or None
-    norm2: Callable # (B, D) -> (B, D)
-    up: tuple # weight (2F, D) of gate and up, or (F, D) and bias
-    down: tuple # weight (D, F), bias or None
+# %% ../../nbs/3_inference/02_decoding.ipynb #38cede16
+_fused_models:WeakKeyDictionary = WeakKeyDictionary() # {model: (fingerprint, its fused form)}
 
-# %% ../../nbs/3_inference/02_decoding.ipynb #807888b5
-def _norm(m, dtype):
-    "The function of a norm, with its result in `dtype`"
-    if isinstance(m, nn.LayerNorm):
-        return lambda x: F.layer_norm(x, m.normalized_shape, m.weight, m.bias, m.eps).to(dtype)
-    return lambda x: F.rms_norm(x, m.weight.shape, m.weight, m.eps).to(dtype)
+def _fingerprint(model):
+    "What tells whether anything in a model has changed; None where a device cannot hash"
+    params = [*model.parameters()]
+    try: hashes = torch.stack([torch.hash_tensor(p) for p in params]).tolist()
+    except RuntimeError: return None
+    places = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in params]
+    return working_dtype(params[0]), hashes, places
 
-# %% ../../nbs/3_inference/02_decoding.ipynb #33d7a4f2
-def _concat(dtype, *linears):
-    "Weight and bias of layers that read the same input, as of one layer; one alone is not copied"
-    def one(parts):
-        if parts[0] is None: return None
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).detach().to(dtype)
-    return one([m.weight for m in linears]), one([m.bias for m in linears])
-
-# %% ../../nbs/3_inference/02_decoding.ipynb #058428f7
-def _fuse_weights(
-    block, # a `Block` of the model
-    dtype:torch.dtype, # of the matmuls
-) -> _FusedLayer:
-    "A block's weights as the step reads them"
-    a, m = block.attn, block.mlp
-    up = [m.gate_proj, m.up_proj] if hasattr(m, 'gate_proj') else [m.up_proj]
-    qkv = _concat(dtype, a.q_proj, a.k_proj, a.v_proj)
-    return _FusedLayer(_norm(block.norm1, dtype), qkv, _concat(dtype, a.o_proj),
-                       _norm(block.norm2, dtype), _concat(dtype, *up), _concat(dtype, m.down_proj))
-
-# %% ../../nbs/3_inference/02_decoding.ipynb #98e505d5
-class _FusedQKNormRope:
-    "Norm and rotary embedding of queries and keys together, for all layers"
-    def __init__(self,
-        model:GPT, # with arch = qwen3
-        size:int, # number of positions
-    ):
-        c, attns = model.cfg, [b.attn for b in model.blocks]
-        self.half, self.eps, self.shape = c.head_size // 2, c.norm_eps, (c.head_size,)
-        def gain(a):
-            norms = (a.q_norm, c.n_head), (a.k_norm, c.kv_heads)
-            return torch.cat([norm.weight.expand(heads, -1) for norm, heads in norms])
-        self.gain = torch.stack([gain(a) for a in attns])[:, None].detach() # (L, 1, H + G, K)
-        self.other_gain = self.gain.roll(self.half, -1) # of the entry from the other half
-        pos = torch.arange(size, device=self.gain.device)
-        cos, sin = rotary_table(pos, c.head_size, c.rope_theta)
-        self.cos, self.sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-
-    def factors(self, pos): # (B,) -> one (c, s) for each layer, (B, H + G, K) each
-        cos, sin = self.cos[pos][:, None], self.sin[pos][:, None]
-        return tuple(zip((self.gain * cos).unbind(), (self.other_gain * sin).unbind()))
-
-    def __call__(self, x, c, s): # x (B, H + G, K)
-        n = F.rms_norm(x.to(c.dtype), self.shape, None, self.eps)
-        return (n * c).addcmul_(n.roll(self.half, -1), s).to(x.dtype)
-
-# %% ../../nbs/3_inference/02_decoding.ipynb #cbbc51cd
-def _mlp(layer, x):
-    x = F.linear(x, *layer.up)
-    if layer.up[1] is not None: return F.linear(F.gelu(x, approximate='tanh'), *layer.down)
-    gate, x = x.chunk(2, -1)
-    return F.linear(F.silu(gate) * x, *layer.down)
-
-# %% ../../nbs/3_inference/02_decoding.ipynb #492881c2
-class _FusedGPT:
-    "A model as a function of one new token per row and of the keys and values before it"
-    def __init__(self,
-        model:GPT,
-        size:int, # most tokens in a row
-    ):
-        self.cfg, self.dtype = model.cfg, working_dtype(model.embed.weight)
-        self.layers = [_fuse_weights(b, self.dtype) for b in model.blocks]
-        self.norm = _norm(model.norm, self.dtype)
-        self.head = model.head_weight.detach().to(self.dtype)
-        self.embed, self.pos_embed = model.embed, model.pos_embed
-        self.rope = None if model.cfg.arch == 'gpt2' else _FusedQKNormRope(model, size)
-
-    def __call__(self,
-        new:Tensor, # ids (B,)
-        at:Tensor, # their columns (B,)
-        k:Tensor, # keys (L, B, G, S, K), changed in place
-        v:Tensor, # values, likewise
-        width:int, # how many columns to look at
-        bias:Tensor|None, # added to the scores (B, 1, 1, width)
-    ) -> Tensor: # logits (B, V)
-        c, h, factors = self.cfg, F.embedding(new, self.embed.weight), [None]*self.cfg.n_layer
-        if self.rope is None: h = h + F.embedding(at, self.pos_embed.weight)
-        else: factors = self.rope.factors(at)
-        at = at[:, None, None, None].expand(len(new), c.kv_heads, 1, c.head_size)
-        for layer, cs, k_layer, v_layer in zip(self.layers, factors, k, v):
-            kv = k_layer, v_layer, at, width, bias
-            h = h + self._attention(layer, layer.norm1(h), cs, *kv)
-            h = h + _mlp(layer, layer.norm2(h))
-        return F.linear(self.norm(h), self.head)[:, :c.vocab_size]
-
-    def _attention(self, layer, x, cs, k, v, at, width, bias):
-        c, B, H, G = self.cfg, len(x), self.cfg.n_head, self.cfg.kv_heads
-        qk, new_v = F.linear(x, *layer.qkv).view(B, -1, c.head_size).split((H + G, G), 1)
-        q, new_k = (qk if cs is None else self.rope(qk, *cs)).split((H, G), 1)
-        k.scatter_(2, at, new_k[:, :, None]), v.scatter_(2, at, new_v[:, :, None])
-        k, v = k[:, :, :width], v[:, :, :width]
-        y = F.scaled_dot_product_attention(q.reshape(B, G, -1, c.head_size), k, v, attn_mask=bias)
-        return F.linear(y.reshape(B, -1), *layer.out)
+def _fused(model:GPT) -> _FusedGPT:
+    "The fused form of a model, from before if nothing has changed since"
+    now, (then, fused) = _fingerprint(model), _fused_models.get(model, (None, None))
+    if now is None or now != then: _fused_models[model] = now, fused = now, _FusedGPT(model)
+    return fused
 
 # %% ../../nbs/3_inference/02_decoding.ipynb #27ca6ace
 def _no_autocast(device):
     on = torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else nullcontext()
-
-def _all_equal(length): return bool((length == length[0]).all())
 
 def _beyond(columns, at, dtype):
     "A bias (B, 1, 1, S) that hides those of the columns (S,) that lie beyond `at` (B,)"
@@ -213,29 +251,28 @@ def _beyond(columns, at, dtype):
 # %% ../../nbs/3_inference/02_decoding.ipynb #55e29472
 class _CachedDecoder:
     "Reads rows and keeps keys and values: a step costs one token per row"
-    def __init__(self,
-        model:GPT,
-        ids:Tensor, # (B, T) rows that begin at column 0
-        length:Tensor, # (B,) how many tokens of each count
-        size:int, # most tokens in a row
-        static:bool=False, # shapes stay the same from step to step
-    ):
-        self.model, self.ids, self.length, self.size = model, ids, length.clone(), size
-        self.static, self.fused, self.equal = static, _FusedGPT(model, size), _all_equal(length)
-        c, B, S, device = model.cfg, len(ids), -(-size // 64) * 64, ids.device
-        shape = 2, c.n_layer, B, c.kv_heads, S, c.head_size
+    def __init__(self, model, ids, length, size, # (B, T) from column 0, (B,), most tokens in a row
+                 static=False): # shapes stay the same from step to step
+        self.ids, self.length, self.size, self.static = ids, length.clone(), size, static
+        self.fused, S, device = _fused(model), -(-size // 64) * 64, ids.device
+        c, self.columns = model.cfg, torch.arange(S, device=device)
+        self.table = self.fused.table(self.columns[:size])
+        shape = 2, c.n_layer, len(ids), c.kv_heads, S, c.head_size
         self.k, self.v = torch.zeros(shape, device=device, dtype=self.fused.dtype).unbind()
-        self.columns = torch.arange(S, device=device)
-        self._set_width(ids.shape[1])
+        self._see(ids.shape[1])
 
-    def prefill(self): return _prefill(self.model, self.ids, self.length, self.k, self.v)
+    def prefill(self):
+        with _no_autocast(self.ids.device.type):
+            return _prefill(self.fused, self.ids, self.length, self.k, self.v)
 
     def step(self, new:Tensor) -> Tensor: # ids (B,) -> logits (B, V) of the next token
         "Append one token to each row and read it"
-        at, masked = self.length.clamp(max=self.size-1), self.static or not self.equal
+        at, end = self.length.clamp(max=self.size-1), self.width
+        uneven = (at, _beyond(self.columns[:end], at, self.fused.dtype)) if self.masked else ()
+        kv = _Window(self.k, self.v, end - 1, end, *uneven)
         with _no_autocast(new.device.type):
-            bias = _beyond(self.columns[:self.width], at, self.fused.dtype) if masked else None
-            logits = self.fused(new, at, self.k, self.v, self.width, bias)
+            h = self.fused.hidden(new, tuple(t[at] for t in self.table), kv)
+            logits = self.fused.logits(h)
         self.length += 1
         return logits
 
@@ -244,8 +281,11 @@ class _CachedDecoder:
     def keep(self, rows:Tensor): # row numbers
         "Drop all rows but these"
         self.k, self.v, self.length = self.k[:, rows], self.v[:, rows], self.length[rows]
-        self.equal = _all_equal(self.length)
-        self._set_width(int(self.length.max()))
+        self._see(int(self.length.max()))
+
+    def _see(self, longest):
+        self.masked = self.static or not bool((self.length == self.length[0]).all())
+        self._set_width(longest)
 
     def _set_width(self, longest):
         self.longest, need = longest, min(longest + 1, self.size)
@@ -265,7 +305,8 @@ class _DecodeState:
         self.n, self.rows = torch.zeros(1, device=device).long(), torch.arange(B, device=device)
         self.last, self.active = torch.zeros_like(self.rows), torch.ones_like(self.rows).bool()
         self.out, self.seen = torch.full((max_new, B), -1, device=device), None
-        if config.repetition_penalty != 1: self.seen = _seen(ids, length, model.cfg.vocab_size)
+        real = torch.arange(longest, device=device) < length[:, None]
+        if config.repetition_penalty != 1: self.seen = _seen(ids, real, model.cfg.vocab_size)
 
     def start(self): self._choose(self.decoder.prefill())
 
@@ -284,17 +325,8 @@ class _DecodeState:
         self.last.copy_(new)
         self.n += 1
 
-# %% ../../nbs/3_inference/02_decoding.ipynb #d868f74b
-def _seen(ids, length, vocab_size):
-    "Which tokens each row holds (B, V), counting its first `length`"
-    real = torch.arange(ids.shape[1], device=ids.device) < length[:, None]
-    seen = torch.zeros(len(ids), vocab_size + 1, dtype=torch.bool, device=ids.device)
-    return seen.scatter_(1, ids.where(real, vocab_size), True)[:, :-1].contiguous()
-
 # %% ../../nbs/3_inference/02_decoding.ipynb #67fbe361
-def _drop_ended(
-    state:_DecodeState,
-) -> bool: # whether any row is still active
+def _drop_ended(state:_DecodeState) -> bool: # whether any row is still active
     "Drop the rows that have ended, if that halves the work"
     left = int(state.active.sum()) if state.may_end else len(state.active)
     if left and 2*left <= len(state.active):
@@ -335,7 +367,6 @@ def _cuda_graph(step):
     with torch.cuda.graph(graph): step()
     return graph.replay
 
-# %% ../../nbs/3_inference/02_decoding.ipynb #e0749951
 def _warm_up(step):
     "Run a step on a stream of its own, as recording needs it before"
     if not torch.cuda.is_available(): return step()
@@ -379,13 +410,6 @@ def _can_fuse(model):
     whole = all(type(p.data) is Tensor for p in model.parameters())
     return whole and all(type(m) is nn.Linear for m in linears)
 
-# %% ../../nbs/3_inference/02_decoding.ipynb #c43820d6
-def _fastest_step(state):
-    "The step of `state`, in the way that suits its device"
-    if state.static:
-        return _CUDAGraphStep(state.step, lambda: (len(state.rows), state.decoder.width))
-    return _ThreadTuner(state.step) if state.last.device.type == 'cpu' else state.step
-
 # %% ../../nbs/3_inference/02_decoding.ipynb #bb241aba
 @register_decoder
 @torch.inference_mode()
@@ -407,7 +431,8 @@ def _fast_decode(
     with eval_mode(model):
         state = _DecodeState(model, ids, doc, max_new, config, stops, u, static=on_gpu)
         state.start()
-        step = _fastest_step(state)
+        def shape(): return len(state.rows), state.decoder.width
+        step:Callable = _CUDAGraphStep(state.step, shape) if on_gpu else _ThreadTuner(state.step)
         for n, new in enumerate(state.out, 1):
             yield new
             looks = n % 16 == 0 or not on_gpu

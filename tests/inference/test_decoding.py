@@ -1,4 +1,5 @@
 "Fast decoding: fixed shapes, threads, recorded steps, and what is not computed"
+import gc
 import subprocess
 import sys
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 from random_models import SAMPLING, SHAPES, make, prompts, six_each
 
+from lm_nb.core import UserError
 from lm_nb.inference import decoding as D
 from lm_nb.inference.sampling import (
     SampleConfig, _pad_left, _uniform, eval_mode, generate, generate_batch, plain_decode, stream)
@@ -56,9 +58,9 @@ def test_unknown_parts_are_read_by_the_model(model, monkeypatch, part):
 def positions(monkeypatch, call):
     "How many positions are read during `call`: prompts, then steps"
     n, first, step = [0, 0], D._prefill, D._CachedDecoder.step
-    def reading(model, ids, *rest):
+    def reading(fused, ids, *rest):
         n[0] += ids.numel()
-        return first(model, ids, *rest)
+        return first(fused, ids, *rest)
     def stepping(self, new):
         n[1] += len(new)
         return step(self, new)
@@ -67,6 +69,16 @@ def positions(monkeypatch, call):
     call()
     monkeypatch.undo()
     return n
+
+
+def passes(monkeypatch):
+    "How many positions each pass reads from now on"
+    sizes, hidden = [], D._FusedGPT.hidden
+    def counting(self, ids, *rest):
+        sizes.append(ids.numel())
+        return hidden(self, ids, *rest)
+    monkeypatch.setattr(D._FusedGPT, 'hidden', counting)
+    return sizes
 
 
 def test_each_position_is_read_once(model, monkeypatch):
@@ -81,15 +93,10 @@ def test_a_common_beginning_is_read_once(arch, tails, monkeypatch):
     some = lambda n: torch.randint(1, 50, (n,), generator=g).tolist()
     rows = [some(30)]*len(tails)
     rows = [row + some(n) for row, n in zip(rows, tails)]
-    read, hidden = [], GPT.hidden
-    def watched(self, ids, *args, **kw):
-        read.append(ids.numel())
-        return hidden(self, ids, *args, **kw)
-    monkeypatch.setattr(GPT, 'hidden', watched)
     ids, doc = _pad_left(rows)
-    args = model, ids, doc, 12, SampleConfig(), (7,)
+    args, read = (model, ids, doc, 12, SampleConfig(), (7,)), passes(monkeypatch)
     fast = torch.stack([*D._fast_decode(*args)])
-    assert read == [30, max(tails)*len(tails)]
+    assert read[:2] == [30, max(tails)*len(tails)] and max(read[2:]) <= len(tails)
     assert torch.equal(fast, torch.stack([*plain_decode(*args)]))
 
 
@@ -105,12 +112,8 @@ def test_ended_rows_are_dropped(model, monkeypatch):
 
 
 def test_long_prompts_are_read_a_few_rows_at_a_time(model, monkeypatch):
-    rows, sizes, hidden = prompts(40), [], model.hidden
-    whole = generate_batch(model, rows, 3)
-    def counting(ids, **kw):
-        sizes.append(ids.numel())
-        return hidden(ids, **kw)
-    monkeypatch.setattr(model, 'hidden', counting)
+    rows = prompts(40)
+    whole, sizes = generate_batch(model, rows, 3), passes(monkeypatch)
     monkeypatch.setattr(D._prefill, '__defaults__', (64,))
     assert generate_batch(model, rows, 3) == whole and max(sizes) <= 64 and len(sizes) > 5
 
@@ -222,3 +225,65 @@ def test_threads_come_back_and_change_nothing(model):
         with pytest.raises(RuntimeError): D._ThreadTuner(broken)()
         assert torch.get_num_threads() == 2
     finally: torch.set_num_threads(1)
+
+def test_ids_of_another_tokenizer_are_refused(model):
+    for bad in (-1, 50):
+        with pytest.raises(UserError, match=f'ids from .*{bad}.* knows 0 to 49; was the text'):
+            generate(model, torch.tensor([[5, bad]]), 3)
+
+# weights are laid out once
+
+@pytest.mark.parametrize('small, large', [(0, 2**20), (0, 0)])
+@pytest.mark.parametrize('arch', SHAPES)
+def test_blocks_change_nothing(arch, small, large, monkeypatch):
+    "Weights in oneDNN's blocks for several rows, or for any"
+    monkeypatch.setattr(D, '_SMALL', small)
+    monkeypatch.setattr(D, '_LARGE', large)
+    model, (ids, doc) = make(arch).eval(), _pad_left(prompts())
+    args = model, ids, doc, 12, SampleConfig(), (7,)
+    plain = torch.stack([*plain_decode(*args)])
+    assert torch.equal(torch.stack([*D._fast_decode(*args)]), plain)
+    layer = D._fused(model).layers[0]
+    assert D._PACKS == ('blocks' in vars(layer.up))
+    with torch.inference_mode(): _, fast, slow = two_passes(model)
+    assert (fast - slow).abs().max() < 1e-4
+
+
+def shrink(p): p.data[0] *= .5                                # not counted by `p._version`
+def swap(p):                                                  # what a hash of entries cannot see
+    with torch.no_grad(): p.copy_(p.flip(0))
+def replace(p): p.data = p.data.roll(1, 0)
+def one_step(p):                                              # not counted, either
+    p.grad = torch.ones_like(p)
+    torch.optim.AdamW([p], .1, fused=True).step()
+
+
+@pytest.mark.parametrize('change', [shrink, swap, replace, one_step])
+@pytest.mark.parametrize('where', ['norm1.weight', 'attn.q_norm.weight', 'attn.q_proj.weight',
+                                   'attn.v_proj.weight', 'mlp.down_proj.weight'])
+def test_never_answered_with_old_weights(where, change):
+    "However a parameter is changed between two requests"
+    model, ids = make('qwen3').eval(), six_each()
+    p, g = model.blocks[0].get_parameter(where), torch.Generator().manual_seed(0)
+    with torch.no_grad(): p += torch.randn(p.shape, generator=g)
+    with torch.inference_mode(): before = two_passes(model)[1]
+    change(p)
+    with torch.inference_mode(): _, fast, slow = two_passes(model)
+    assert (fast - slow).abs().max() < 1e-4 < (fast - before).abs().max()
+    assert torch.equal(generate(model, ids, 12), generate(model, ids, 12, cache=False))
+
+
+def test_weights_are_joined_once(model, monkeypatch):
+    "A second request finds the fused form of the first; it goes with the model"
+    made, init = [], D._FusedGPT.__init__
+    def making(self, gpt):
+        made.append(gpt.cfg)
+        init(self, gpt)
+    monkeypatch.setattr(D._FusedGPT, '__init__', making)
+    twin = GPT(model.cfg).eval()
+    for _ in range(3): generate(twin, six_each(), 4)
+    assert len(made) == 1
+    held = len(D._fused_models)
+    del twin
+    gc.collect()
+    assert len(D._fused_models) == held - 1

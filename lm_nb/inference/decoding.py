@@ -427,9 +427,10 @@ def _fast_decode(
     if not (knows and _can_fuse(model)):
         yield from plain_decode(model, ids, doc, max_new, config, stops, u, cache=knows)
         return
-    on_gpu = ids.device.type == 'cuda'
+    on_gpu, learns = ids.device.type == 'cuda', model.training
     with eval_mode(model):
         state = _DecodeState(model, ids, doc, max_new, config, stops, u, static=on_gpu)
+        if learns: _fused_models.pop(model, None) # its next step changes it: hold no copy
         state.start()
         def shape(): return len(state.rows), state.decoder.width
         step:Callable = _CUDAGraphStep(state.step, shape) if on_gpu else _ThreadTuner(state.step)

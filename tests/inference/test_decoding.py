@@ -284,6 +284,9 @@ def test_weights_are_joined_once(model, monkeypatch):
     for _ in range(3): generate(twin, six_each(), 4)
     assert len(made) == 1
     held = len(D._fused_models)
+    generate(twin.train(), six_each(), 4)
+    assert len(D._fused_models) == held - 1, 'a copy is held while it learns'
+    generate(twin.eval(), six_each(), 4)
     del twin
     gc.collect()
     assert len(D._fused_models) == held - 1

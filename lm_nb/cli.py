@@ -533,7 +533,7 @@ def _asked(name, pairs, **kind):
 # %% ../nbs/cli.ipynb #2529a220
 def _plan(name, pairs):
     """RECIPE|FOLDER [ranks=…] [measure=true] [key=value …]: what a run will take on this device:
-    parameters, FLOPs, memory by part, tokens, hours, the largest batch, and the loss to expect where
+    parameters, FLOPs, memory by part, tokens, hours, the largest batch, and the loss to expect if
     a law of its text is known. For a large model on a CPU hours are computed, unless measure=true
     has whole steps tried"""
     from lm_nb.bench.plan import plan_run

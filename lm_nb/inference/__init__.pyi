@@ -18,6 +18,7 @@ from .choice import (
     choice_table as choice_table,
     plot_choice as plot_choice,
     training_documents as training_documents,
+    score_files as score_files,
 )
 from .evaluate import (
     surprisal as surprisal,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'choice_score', 'Question', 'read_questions', 'Outcome', 'ask_questions', 'score_outcomes', 'choice_table',
-           'plot_choice', 'training_documents']
+           'plot_choice', 'training_documents', 'score_files']
 
 # %% ../../nbs/3_inference/06_choice.ipynb #08f0c08a
 import re
@@ -21,6 +21,7 @@ import numpy as np
 from ..core import Table, UserError, check, nearest
 from ..data.sources import ReadConfig, Report, _file_kind, _printable, _read_lines, find_files
 from ..data.corpus import _quoted_rows, read_records
+from ..data.dedup import find_contamination
 from ..data.tokenizer import Tokenizer
 from ..data.instructions import conversation_ids
 from ..data.prepare import stored_documents, stored_records
@@ -340,6 +341,15 @@ def _cell(s):
     share, low, high = map(_percent, (s['share'], s['low'], s['high']))
     return f'{share} ({low}–{high}) {s["verdict"]}'.strip()
 
+def _notes(name, s):
+    unread, said = s.get('unread', {}), s.get('contamination')
+    if unread:
+        why = '; '.join(f'{n} × {reason}' for reason, n in unread.items())
+        yield f'{name}: {sum(unread.values()):,} rows left out: {why}'
+    if s.get('too_long'): yield f'{name}: {s["too_long"]:,} questions do not fit the context'
+    if said: yield (f'{name}: {said["found"]:,} of {said["questions"]:,} questions occur in '
+                    f'{said["documents"]:,} training documents, {said["unjudged"]:,} are too short to judge')
+
 def choice_table(
     scores:Mapping[str, Mapping[str, Any]], # {name: as from `score_outcomes`}
 ) -> Table:
@@ -351,7 +361,7 @@ def choice_table(
              _percent(s['place']), *(_cell(s[m]) if m in s else '' for m in used)]
             for name, s in scores.items()]
     heads = ['', 'layout', 'n', 'shots', 'chance', 'one place', *map(metrics.get, used)]
-    return Table(heads, rows)
+    return Table(heads, rows, notes=[line for pair in scores.items() for line in _notes(*pair)])
 
 # %% ../../nbs/3_inference/06_choice.ipynb #29451d63
 def plot_choice(
@@ -387,3 +397,75 @@ def training_documents(
         if part.stem != 'valid': yield from stored_documents(part)
     records = Path(run)/'records'/'train.jsonl'
     if records.is_file(): yield from (e.text for e in stored_records(records))
+
+# %% ../../nbs/3_inference/06_choice.ipynb #744953c9
+def _subject(name): return re.sub(r'[_-](dev|val|valid|validation|test)$', '', name.split('.')[0])
+
+def _files(source):
+    "{subject: file}; a hub name stands for itself"
+    if str(source).startswith('hf:'): return {str(source): str(source)}
+    return {_subject(f.name): str(f) for f in find_files(source)}
+
+def _with_dev(file, dev):
+    "Each test file by its subject, with its dev file: the only one, or that of the subject"
+    tests, devs = _files(file), _files(dev) if dev else {}
+    only = next(iter(devs.values())) if len(devs) == 1 else None
+    for subject, path in tests.items():
+        check(not dev or only or subject in devs, f'{dev}: has no file for {Path(path).name}')
+        yield subject, path, only or devs.get(subject)
+
+# %% ../../nbs/3_inference/06_choice.ipynb #efd7be0c
+def _read_dev(source, layout, shots, how):
+    "The solved examples of a dev file, five if it has as many and no number is given"
+    found = read_questions(source, layout, **how)
+    check(shots is None or shots <= len(found), f'{source}: has {len(found)} solved examples, but '
+          f'shots = {shots}')
+    return found[:5 if shots is None else shots]
+
+# %% ../../nbs/3_inference/06_choice.ipynb #5fc72957
+def _ask_file(model, tok, path, dev, format, shots, asking, how):
+    "The outcomes of a file, and what was left out of it"
+    report = Report(path)
+    questions = read_questions(path, format, report, **how)
+    shown = _read_dev(dev, questions[0].layout, shots, how) if dev else []
+    outcomes = ask_questions(model, tok, questions, shown, len(shown), **asking)
+    unread = {why: n for why, (n, _) in report.rejected.items()}
+    check(outcomes, f'{path}: no question fits the context = {model.cfg.context} of this model')
+    return outcomes, dict(unread=unread, too_long=len(questions) - len(outcomes))
+
+# %% ../../nbs/3_inference/06_choice.ipynb #4e54abe1
+def _without_known(outcomes, documents):
+    "How many questions occur in documents, and the outcomes of the others"
+    found = find_contamination([o.question.text for o in outcomes], documents)
+    said = dict(questions=found.questions, found=len(found.found), unjudged=len(found.unjudged),
+                documents=found.documents)
+    return said, [o for o in outcomes if o.question.text not in found.found]
+
+# %% ../../nbs/3_inference/06_choice.ipynb #c608bf91
+def score_files(
+    model:GPT,
+    tok:Tokenizer,
+    file:str|Path, # test file, folder or pattern, or hf:owner/name:configuration:split
+    dev:str|Path|None=None, # solved examples: one file, or a folder with one for each test file
+    format:str|None=None, # a name in `LAYOUTS`; none: recognised by the columns
+    shots:int|None=None, # solved examples before each question; none: five, or all if `dev` has fewer
+    description:str='', # a text before all
+    max_new:int=256, # longest answer that is written, tokens; at most half of the context
+    documents:Iterator[str]|None=None, # the training text, to look for the questions in
+    **how, # fields of `ReadConfig`, such as `fields` or `encoding`
+) -> dict[str, dict]: # {subject: as from `score_outcomes`}, and `all` of several
+    "Ask a model the questions of test files"
+    check(dev or not shots, f'shots = {shots}: solved examples are read from a file; set dev=FILE')
+    asking, scores, every = dict(description=description, max_new=max_new), {}, []
+    for subject, path, its_dev in _with_dev(file, dev):
+        outcomes, left_out = _ask_file(model, tok, path, its_dev, format, shots, asking, how)
+        scores[subject] = score_outcomes(outcomes) | left_out
+        every += outcomes
+    layouts = {s['layout'] for s in scores.values()}
+    check(len(layouts) == 1, f'{file}: files in several layouts, {", ".join(sorted(layouts))}; name one')
+    if len(scores) > 1: scores['all'] = score_outcomes(every)
+    if documents is None: return scores
+    last = scores[list(scores)[-1]]
+    last['contamination'], clean = _without_known(every, documents)
+    if clean and len(clean) < len(every): scores['questions that do not occur'] = score_outcomes(clean)
+    return scores

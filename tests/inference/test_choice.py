@@ -31,14 +31,19 @@ from lm_nb.model.hub import save_model
 RESULTS = Path(__file__).resolve().parents[2]/'nbs'/'6_use'/'results'
 
 
-def learn_by_heart(model, tok, texts, steps):
+def padded(tok, texts):
     rows = [torch.tensor([tok.bos, *ids, tok.eos]) for ids in tok.encode_batch(texts)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tok.pad)
-    x, y = ids[:, :-1], ids[:, 1:].masked_fill(ids[:, 1:] == tok.pad, IGNORE)
+    return ids[:, :-1], ids[:, 1:].masked_fill(ids[:, 1:] == tok.pad, IGNORE)
+
+
+def learn_by_heart(model, tok, groups, steps):
+    "A few seconds of training on each group of texts"
+    batches = [padded(tok, texts) for texts in groups]
     opt = torch.optim.AdamW(model.parameters(), lr=.01, betas=(.9, .95), weight_decay=0)
     for step in range(steps):
         opt.param_groups[0]['lr'] = .01 * min((step + 1)/5, 1, 2*(1 - step/steps))
-        (model(x, targets=y) / (y != IGNORE).sum()).backward()
+        for x, y in batches: (model(x, targets=y) / (y != IGNORE).sum()).backward()
         opt.step()
         opt.zero_grad()
     return model.eval()
@@ -59,11 +64,11 @@ def choices(fact, n=4):
     return values, values.index(right)
 
 
-def sums(n=16):
+def sums(n=11):
     for i in range(n):
         a, b = 3 + i*7 % 11, 2 + i*5 % 9
-        yield dict(question=f'A fan costs {a} coins. What do {b} fans cost?',
-                   answer=f'{b} fans cost {b} * {a} coins.\n#### {1000*a*b:,}')
+        yield dict(question=f'What do {b} fans of {a} coins cost?',
+                   answer=f'{b} * {a}\n#### {1000*a*b:,}')
 
 
 def solved(s): return f'Question: {s["question"]}\nAnswer: {s["answer"]}'
@@ -87,7 +92,8 @@ def hellaswag(facts):
     for f in facts:
         values, at = choices(f)
         yield dict(activity_label='Fact', ctx_a=f['cloze'][0].strip(), ctx_b='', label=str(at),
-                   endings=[f'{v} [x] and no other' if i == at else v for i, v in enumerate(values)])
+                   endings=[f'{v} [x] and no other' if i == at and len(v) % 3 == 0 else v
+                            for i, v in enumerate(values)])
 
 
 def jsonl(path, rows):
@@ -125,17 +131,22 @@ def tests(facts, tmp_path_factory):
 @pytest.fixture(scope='module')
 def tok(facts):
     more = [solved(s) for s in sums()]
-    return Tokenizer.train([f['output'] for f in facts] + more, 420, kind='bpe')
+    return Tokenizer.train([f['output'] for f in facts] + more, 900, kind='bpe')
 
 
 @pytest.fixture(scope='module')
-def model(tok, facts):
+def model(tok, facts, tests):
     "Knows all facts by heart, and half of the sums behind another"
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(vocab_size=len(tok), context=640, n_layer=2, n_head=2, d_model=48))
     first, *others = map(solved, sums())
     known = [f'{first}\n\n{other}' for other in others[::2]]
-    return learn_by_heart(gpt, tok, known + [f'Fact: {f["output"]}' for f in facts], 60)
+    letters = [q.solved for name in ('ceval', 'mmlu') for q in read_questions(tests[name][1])]
+    told = [f'Fact: {f["output"]}' for f in facts if f['lang'] == 'en']
+    learn_by_heart(gpt, tok, [known, letters[::3], told], 100)
+    # less sure of itself: it writes the same, and fp32 holds its likelihoods to 2e-5 nats
+    with torch.no_grad(): gpt.norm.weight.mul_(.3)
+    return gpt
 
 # likelihoods
 
@@ -186,7 +197,7 @@ def test_choice_mistakes(model, tok):
 def test_each_layout_is_recognised(tests):
     for name, (test, dev) in tests.items():
         found = read_questions(test)
-        assert {q.layout for q in found} == {name} and len(found) == (13 if name == 'gsm8k' else 24)
+        assert {q.layout for q in found} == {name} and len(found) == (8 if name == 'gsm8k' else 24)
         assert [q.layout for q in read_questions(dev)] == [name]*3
         assert all(q.prompt.endswith(('答案：', 'Answer:')) or name == 'hellaswag' for q in found)
 
@@ -201,7 +212,8 @@ def test_hub_rows_are_the_same_questions(tests, tmp_path):
     assert read_questions(jsonl(tmp_path/'old.jsonl', ours)) == theirs
     theirs = read_questions(tests['mmlu'][0])
     rows = list(csv.reader(tests['mmlu'][0].open(encoding='utf-8')))
-    hub = [dict(question=r[0], subject='x', choices=r[1:-1], answer='ABCD'.index(r[-1])) for r in rows]
+    hub = [dict(question=r[0], subject='x', choices=r[1:-1], answer='ABCD'.index(r[-1]))
+           for r in rows]
     assert read_questions(jsonl(tmp_path/'mmlu.jsonl', hub)) == theirs
 
 
@@ -229,7 +241,7 @@ def test_what_cannot_be_used_is_counted(tmp_path):
 
 
 ODD = [
-    ('t.csv', 'question,A,B,answer\nq,a,b,C\n', None, 'answer out of range: C, where there are A, B'),
+    ('t.csv', 'question,A,B,answer\nq,a,b,C\n', None, 'out of range: C, where there are A, B'),
     ('t.csv', 'question,A,B,answer\nq,a,,A\n', None, 'an empty choice'),
     ('t.csv', 'question,A,answer\nq,a,A\n', 'ceval', 'no column B, which format=ceval needs'),
     ('t.csv', 'frage,A,B,answer\nq,a,b,A\n', None, 'its columns are frage, A, B, answer'),
@@ -242,7 +254,7 @@ ODD = [
     ('t.jsonl', '{"question": "q", "choices": ["a", "b"], "answer": -1}\n', None, 'no answer is'),
     ('t.jsonl', '{"question": null, "answerKey": "A"}\n', None, 'fewer than two choices'),
     ('t.jsonl', '{"question": {"choices": 3}, "answerKey": "A"}\n', None, 'none of its 1 rows'),
-    ('t.jsonl', '{"activity_label": "a", "ctx_a": "b", "ctx_b": null, "endings": null, "label": ""}\n',
+    ('t.jsonl', '{"activity_label": "a", "ctx_a": "b", "ctx_b": 0, "endings": null, "label": ""}\n',
      None, 'fewer than two choices'),
     ('t.jsonl', '{"a": 1}\n', 'mmul', "no such layout (did you mean 'mmlu'?)"),
 ]
@@ -282,8 +294,10 @@ def test_shots_that_do_not_fit_are_left_off(tok, tests):
 
 
 def test_scores_and_verdicts(model, tok, tests):
-    scores = {name: score_outcomes(ask_questions(model, tok, read_questions(test), read_questions(dev)))
-              for name, (test, dev) in tests.items() if name in ('hellaswag', 'mmlu', 'gsm8k')}
+    scores = {}
+    for name in ('hellaswag', 'mmlu', 'gsm8k'):
+        test, dev = map(read_questions, tests[name])
+        scores[name] = score_outcomes(ask_questions(model, tok, test, dev))
     assert scores['mmlu']['chance'] == .25 and scores['gsm8k']['chance'] is None
     assert scores['mmlu']['acc'] == scores['mmlu']['acc_norm'] == scores['mmlu']['acc_bytes']
     for s in scores.values():
@@ -340,7 +354,8 @@ def task(name, files, home):
     kind = 'csv' if test.suffix == '.csv' else 'json'
     more = dict(
         include=str(home/'tasks'/PUBLISHED[name]), task=f'our_{name}', dataset_path=kind,
-        dataset_name=None, tag=None, dataset_kwargs=dict(data_files=dict(test=str(test), dev=str(dev))),
+        dataset_name=None, tag=None,
+        dataset_kwargs=dict(data_files=dict(test=str(test), dev=str(dev))),
         test_split='test', training_split=None, validation_split=None, fewshot_split='dev',
         fewshot_config=dict(sampler='first_n'), num_fewshot=SHOTS[name],
         description=DESCRIPTION.get(name, ''))
@@ -360,12 +375,14 @@ def theirs(model, tok, tests, tmp_path_factory):
     save_model(folder/'model', model, tok)
     home, names = Path(importlib.util.find_spec('lm_eval').origin).parent, list(tests)
     (folder/'tasks').mkdir()
-    for name in names: (folder/'tasks'/f'{name}.yaml').write_text(task(name, tests[name], home), 'utf-8')
-    env = {**os.environ, 'HF_DATASETS_OFFLINE': '1', 'HF_HUB_OFFLINE': '1', 'HF_HOME': str(folder/'hf'),
-           'OMP_NUM_THREADS': '1', 'TOKENIZERS_PARALLELISM': 'false'}
-    words = ['--model', 'hf', '--model_args', f'pretrained={folder/"model"},add_bos_token=True,dtype=float32',
-             '--include_path', folder/'tasks', '--tasks', ','.join(f'our_{n}' for n in names),
-             '--device', 'cpu', '--batch_size', '8', '--log_samples', '--output_path', folder/'out']
+    for name in names:
+        (folder/'tasks'/f'{name}.yaml').write_text(task(name, tests[name], home), 'utf-8')
+    env = {**os.environ, 'HF_DATASETS_OFFLINE': '1', 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1',
+           'HF_HOME': str(folder/'hf'), 'TOKENIZERS_PARALLELISM': 'false'}
+    args = f'pretrained={folder/"model"},add_bos_token=True,dtype=float32'
+    words = ['--model', 'hf', '--model_args', args, '--include_path', folder/'tasks',
+             '--tasks', ','.join(f'our_{n}' for n in names), '--device', 'cpu',
+             '--batch_size', '8', '--log_samples', '--output_path', folder/'out']
     done = subprocess.run([sys.executable, '-m', 'lm_eval', *map(str, words)], env=env, cwd=folder,
                           capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -405,8 +422,8 @@ def test_lm_eval_scores_the_same(theirs, ours, record):
             n, questions = n + len(nats), questions + 1
             assert {m: float(got[i][m]) for m in o.hits} == {m: float(h) for m, h in o.hits.items()}
     assert far < 2e-5
-    shares = {name: score_outcomes(o)['acc']['share'] for name, o in ours.items() if name != 'gsm8k'}
-    assert len({*shares.values()}) > 2 and max(shares.values()) > .6  # something was measured
+    shares = {score_outcomes(o)['acc']['share'] for name, o in ours.items() if name != 'gsm8k'}
+    assert len(shares) > 2 and max(shares) > .5  # something was measured
     record['log-likelihoods of choices, within 2e-5 nats'] = n
     record['questions: right by acc, acc_norm, acc_bytes'] = questions
 

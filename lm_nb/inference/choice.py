@@ -213,8 +213,8 @@ def _read_one(source, format, report, how):
 
 # %% ../../nbs/3_inference/06_choice.ipynb #2adafa95
 def _unknown_layout(source, records, format):
-    has = f'its columns are {_printable(", ".join(map(str, records[0])), 200)}' if records else \
-        'it has no records'
+    names = [str(c) for c in (records or [{}])[0] if c != 'choices' or 'A' not in records[0]]
+    has = f'its columns are {_printable(", ".join(names), 200)}'
     if not format:
         return (f'{source}: fits none of the layouts {", ".join(LAYOUTS)}; {has}; rename some '
                 'with fields="question=NAME answer=NAME"')
@@ -404,7 +404,12 @@ def _subject(name): return re.sub(r'[_-](dev|val|valid|validation|test)$', '', n
 def _files(source):
     "{subject: file}; a hub name stands for itself"
     if str(source).startswith('hf:'): return {str(source): str(source)}
-    return {_subject(f.name): str(f) for f in find_files(source)}
+    found:dict[str, str] = {}
+    for path in find_files(source):
+        other = found.setdefault(_subject(path.name), str(path))
+        check(other == str(path), f'{source}: two files of one subject, {Path(other).name} and '
+                                  f'{path.name}; choose by a pattern, as in file="val/*.csv"')
+    return found
 
 def _with_dev(file, dev):
     "Each test file by its subject, with its dev file: the only one, or that of the subject"

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from lm_nb.cli import main
 from lm_nb.core import Table, UserError
 from lm_nb.data.instructions import prompt_ids
 from lm_nb.data.microworld import deal_groups, fact_probes, make_world
@@ -22,8 +25,8 @@ from lm_nb.data.sources import Report
 from lm_nb.data.tokenizer import Tokenizer
 from lm_nb.inference import choice as C
 from lm_nb.inference.choice import (
-    ask_questions, choice_score, choice_table, plot_choice, read_questions, score_outcomes,
-    training_documents)
+    ask_questions, choice_score, choice_table, plot_choice, read_questions, score_files,
+    score_outcomes, training_documents)
 from lm_nb.inference.evaluate import surprisal
 from lm_nb.model.gpt import GPT, GPTConfig
 from lm_nb.model.hub import save_model
@@ -454,3 +457,69 @@ def record():
     from datetime import date
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**now, 'date': str(date.today())}, indent=1) + '\n', 'utf-8')
+
+# whole files, and the command line
+
+def test_each_subject_has_its_dev_file(model, tok, tests, tmp_path):
+    for part in ('val', 'dev'): (tmp_path/part).mkdir()
+    for subject in ('law', 'art'):
+        shutil.copy(tests['ceval'][0], tmp_path/'val'/f'{subject}_val.csv')
+        shutil.copy(tests['ceval'][1], tmp_path/'dev'/f'{subject}_dev.csv')
+    scores = score_files(model, tok, tmp_path/'val', tmp_path/'dev')
+    assert list(scores) == ['art', 'law', 'all'] and scores['all']['n'] == 48
+    assert scores['all']['shots'] == 3 and scores['law']['acc'] == scores['art']['acc']
+    (tmp_path/'dev'/'law_dev.csv').unlink()
+    shutil.copy(tests['ceval'][1], tmp_path/'dev'/'sea_dev.csv')
+    with pytest.raises(UserError, match='has no file for law_val.csv'):
+        score_files(model, tok, tmp_path/'val', tmp_path/'dev')
+    with pytest.raises(UserError, match='two files of one subject, art_dev.csv and art_val.csv'):
+        score_files(model, tok, f'{tmp_path}/*/*.csv')
+
+
+@pytest.fixture(scope='module')
+def run(model, tok, tests, tmp_path_factory):
+    "A run's folder: a model, and a text that holds one of the questions"
+    folder = tmp_path_factory.mktemp('choice')/'run'
+    save_model(folder/'base', model, tok)
+    (folder/'text').mkdir()
+    known = read_questions(tests['arc'][0])[0].text
+    jsonl(folder/'text'/'train.jsonl', [dict(text='It is so.'), dict(text=f'They ask: {known}')])
+    (folder/'recipe.json').write_text('{}')
+    return folder
+
+
+def said(capsys, *words):
+    status = main(['choice', *map(str, words)])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_the_command_says_what_was_found(run, tests, capsys):
+    test, dev = tests['arc']
+    words = f'file={test}', f'dev={dev}', 'shots=2', 'device=cpu'
+    status, out, err = said(capsys, run/'base', *words)
+    assert status == 0 and not err, err
+    assert re.search(r'^arc +arc +24 +2 ', out, re.M) and 'chance' in out
+    assert 'arc: 1 of 24 questions occur in 2 training documents' in out
+    assert re.search(r'^questions that do not occur +arc +23', out, re.M)
+    status, out, err = said(capsys, run/'base', f'file={tests["gsm8k"][0]}', 'json=true',
+                            'contamination=false', 'max_new=8', 'device=cpu')
+    got = json.loads(out)['gsm8k']
+    assert status == 0 and not err and got['n'] == 8 and got['layout'] == 'gsm8k'
+    assert 'contamination' not in got and got['chance'] is None
+    shutil.copytree(run/'base', run.parent/'alone', dirs_exist_ok=True)
+    status, out, err = said(capsys, run.parent/'alone', f'file={test}', 'device=cpu')
+    assert status == 0 and 'no training text is here' in err
+
+
+def test_mistakes_of_the_command_are_one_line(run, tests, capsys):
+    file, dev = (f'{key}={f}' for key, f in zip(('file', 'dev'), tests['mmlu']))
+    for words, says in [
+            ([file, 'shots=3'], 'set dev=FILE'), ([file, dev, 'shots=9'], 'has 3 solved examples'),
+            ([], 'which questions?'), ([file, 'sots=1'], "did you mean 'shots'"),
+            ([file, 'max_new=0'], 'max_new = 0: expected 1 or more'),
+            ([file, 'shots=-1'], 'shots = -1'),
+            ([file, f'dev={tests["arc"][1]}'], 'which format=mmlu needs'),
+            (['file=nowhere.csv'], 'no such file'), ([f'file={run/"recipe.json"}'], 'fits none')]:
+        status, out, err = said(capsys, run/'base', *words, 'device=cpu')
+        assert status == 2 and says in err and err.count('\n') == 1 and not out, err

@@ -350,6 +350,7 @@ def _choice(name, pairs):
         n = keys.get(key, least)
         check(n >= least, f'{key} = {n}: expected {least} or more')
     as_json, look = keys.pop('json', False), keys.pop('contamination', True)
+    keys['description'] = keys.get('description', '').replace(r'\n', '\n')
     gpt, tok, run = _tested_model(name, own)
     if look and run and any(training_documents(run)): keys['documents'] = training_documents(run)
     scores = score_files(gpt, tok, **keys)

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..core import Table, UserError, check, nearest
 from ..data.sources import ReadConfig, Report, _file_kind, _printable, _read_lines, find_files
-from ..data.corpus import _quoted_rows, read_records
+from ..data.corpus import _batched, _quoted_rows, read_records
 from ..data.dedup import find_contamination
 from ..data.tokenizer import Tokenizer
 from ..data.instructions import conversation_ids
@@ -67,7 +67,7 @@ class Question(NamedTuple):
     text:str # what is asked, alone
     prompt:str # what the model reads, up to the blank before the answer
     choices:tuple[str, ...] # what may follow; empty if the answer is to be written
-    answer:int|str # number of the right choice, or what an answer that is written says
+    answer:Any # number of the right choice, or what an answer that is written says
     layout:str # a name in `LAYOUTS`
 
     @property
@@ -163,26 +163,25 @@ def _recognised(record, format):
     names = [format] if format else LAYOUTS
     return next((n for n in names if record.keys() >= {*LAYOUTS[n].columns}), None)
 
-# %% ../../nbs/3_inference/06_choice.ipynb #da269ae1
-def _headless_rows(path, how):
-    "The rows of a table without a header, (line, cells); None if it has one"
-    if _file_kind(path) != '.csv': return None
-    rows = list(_quoted_rows(_read_lines(path, how), ','))
-    cells = rows[0][1] if rows else []
-    letters = _LETTERS[:max(0, len(cells) - 2)]
-    known = {name for layout in LAYOUTS.values() for name in layout.columns} - {*letters}
-    is_question = len(cells) > 3 and cells[-1].strip() in letters and not known & {*cells}
-    return rows if is_question and isinstance(cells, list) else None
+# %% ../../nbs/3_inference/06_choice.ipynb #9ded4c2e
+def _is_headless(path, how):
+    "Whether the first row of a table is a question"
+    if _file_kind(path) != '.csv': return False
+    _, cells = next(_quoted_rows(_read_lines(path, how), ','), (0, ''))
+    known = {name for layout in LAYOUTS.values() for name in layout.columns} - {*_LETTERS}
+    return len(cells) > 3 and isinstance(cells, list) and not known & {*cells} \
+        and cells[-1].strip() in [*_LETTERS[:len(cells) - 2]]
 
 # %% ../../nbs/3_inference/06_choice.ipynb #99a491d4
 def _test_records(source, report, how) -> Iterator[dict]:
     "The records of a test file, those without a header too"
-    rows = None if source.startswith('hf:') else _headless_rows(source, how)
-    if rows is None:
+    if source.startswith('hf:') or not _is_headless(source, how):
         return (yield from map(_with_choices, read_records(source, report, **vars(how))))
-    for line, cells in rows:
+    width = 0
+    for line, cells in _quoted_rows(_read_lines(source, how, report), ','):
+        width = width or len(cells)
         report.row()
-        if isinstance(cells, list) and len(cells) == len(rows[0][1]):
+        if isinstance(cells, list) and len(cells) == width:
             yield dict(question=cells[0], choices=cells[1:-1], answer=cells[-1].strip())
         else: report.reject('wrong number of cells', f'line {line}: {cells}')
 
@@ -287,7 +286,7 @@ def _write(model, tok, laid, max_new):
     said = generate_batch(model, prompts, max_new, stop_ids(tok), tok.pad)
     for (q, _, shots), ids in zip(laid, said):
         text = re.split('|'.join(map(re.escape, _UNTIL)), tok.decode(ids))[0]
-        right = _number(_NUMBER.search(q.answer)[1])
+        right = _number(_NUMBER.findall(q.answer)[-1])
         yield Outcome(q, {m: n == right for m, n in _numbers(text).items()}, shots, said=text)
 
 # %% ../../nbs/3_inference/06_choice.ipynb #6bc1e486
@@ -302,12 +301,14 @@ def ask_questions(
 ) -> list[Outcome]: # of those that fit the context
     "Ask every question as plain text"
     written, context = not all(q.choices for q in questions), model.cfg.context
-    max_new = min(max_new, context//2)
-    room, laid = context - max_new if written else context + 1, []
-    for q in questions:
-        shown = [d for d in dev if d != q][:shots]
-        if found := _laid_out(tok, q, shown, description, room): laid.append((q, *found))
-    return list(_write(model, tok, laid, max_new) if written else _choose(model, tok, laid))
+    max_new, out = min(max_new, context//2), list[Outcome]()
+    room = context - max_new if written else context + 1
+    for some in _batched(questions, 512):  # at a time: their ids take memory
+        shown = [[d for d in dev if d != q][:shots] for q in some]
+        found = [(q, _laid_out(tok, q, s, description, room)) for q, s in zip(some, shown)]
+        laid = [(q, *rows) for q, rows in found if rows]
+        out += _write(model, tok, laid, max_new) if written else _choose(model, tok, laid)
+    return out
 
 # %% ../../nbs/3_inference/06_choice.ipynb #81d6be23
 def _verdict(low, high, chance):
@@ -323,7 +324,7 @@ def _share(hits, chance):
 # %% ../../nbs/3_inference/06_choice.ipynb #4e1b7f5a
 def score_outcomes(
     outcomes:Sequence[Outcome], # of one layout
-) -> dict[str, Any]: # layout, n, shots, chance, place; for each metric right, share, low, high, verdict
+) -> dict[str, Any]: # layout, n, shots, chance, place; by metric right, share, low, high, verdict
     "The shares of right answers beside chance. `UserError` if there are no answers"
     check(outcomes, 'no question fits the context of this model')
     asked, n, chance, place = [o.question for o in outcomes], len(outcomes), None, None
@@ -348,7 +349,8 @@ def _notes(name, s):
         yield f'{name}: {sum(unread.values()):,} rows left out: {why}'
     if s.get('too_long'): yield f'{name}: {s["too_long"]:,} questions do not fit the context'
     if said: yield (f'{name}: {said["found"]:,} of {said["questions"]:,} questions occur in '
-                    f'{said["documents"]:,} training documents, {said["unjudged"]:,} are too short to judge')
+                    f'{said["documents"]:,} training documents, {said["unjudged"]:,} are too short '
+                    'to judge')
 
 def choice_table(
     scores:Mapping[str, Mapping[str, Any]], # {name: as from `score_outcomes`}
@@ -398,15 +400,16 @@ def training_documents(
     records = Path(run)/'records'/'train.jsonl'
     if records.is_file(): yield from (e.text for e in stored_records(records))
 
-# %% ../../nbs/3_inference/06_choice.ipynb #744953c9
-def _subject(name): return re.sub(r'[_-](dev|val|valid|validation|test)$', '', name.split('.')[0])
+# %% ../../nbs/3_inference/06_choice.ipynb #bc4792d6
+_ENDS = re.compile(r'([_-](dev|val|valid|validation|test))?(\.(csv|tsv|jsonl?|ndjson|parquet))?'
+                   r'(\.(gz|bz2|xz|zst))?$')
 
 def _files(source):
     "{subject: file}; a hub name stands for itself"
     if str(source).startswith('hf:'): return {str(source): str(source)}
     found:dict[str, str] = {}
     for path in find_files(source):
-        other = found.setdefault(_subject(path.name), str(path))
+        other = found.setdefault(_ENDS.sub('', path.name, count=1), str(path))
         check(other == str(path), f'{source}: two files of one subject, {Path(other).name} and '
                                   f'{path.name}; choose by a pattern, as in file="val/*.csv"')
     return found
@@ -421,22 +424,26 @@ def _with_dev(file, dev):
 
 # %% ../../nbs/3_inference/06_choice.ipynb #efd7be0c
 def _read_dev(source, layout, shots, how):
-    "The solved examples of a dev file, five if it has as many and no number is given"
+    "(the solved examples of a dev file, how many to show: five, or all if there are fewer)"
+    if not source: return [], 0
     found = read_questions(source, layout, **how)
-    check(shots is None or shots <= len(found), f'{source}: has {len(found)} solved examples, but '
-          f'shots = {shots}')
-    return found[:5 if shots is None else shots]
+    n = min(5, len(found)) if shots is None else shots
+    check(n <= len(found), f'{source}: has {len(found)} solved examples, but shots = {n}')
+    return found, n
 
-# %% ../../nbs/3_inference/06_choice.ipynb #5fc72957
-def _ask_file(model, tok, path, dev, format, shots, asking, how):
-    "The outcomes of a file, and what was left out of it"
-    report = Report(path)
-    questions = read_questions(path, format, report, **how)
-    shown = _read_dev(dev, questions[0].layout, shots, how) if dev else []
-    outcomes = ask_questions(model, tok, questions, shown, len(shown), **asking)
-    unread = {why: n for why, (n, _) in report.rejected.items()}
-    check(outcomes, f'{path}: no question fits the context = {model.cfg.context} of this model')
-    return outcomes, dict(unread=unread, too_long=len(questions) - len(outcomes))
+# %% ../../nbs/3_inference/06_choice.ipynb #34f6ea8e
+def _read_files(file, dev, format, shots, how):
+    "{subject: (questions, solved examples, how many of them, {why a row is left out: how often})}"
+    read = {}
+    for subject, path, its_dev in _with_dev(file, dev):
+        report = Report(path)
+        questions = read_questions(path, format, report, **how)
+        left_out = {why: n for why, (n, _) in report.rejected.items()}
+        read[subject] = questions, *_read_dev(its_dev, questions[0].layout, shots, how), left_out
+    layouts = {q.layout for questions, *_ in read.values() for q in questions}
+    check(len(layouts) == 1, f'{file}: files in several layouts, {", ".join(sorted(layouts))}; '
+                             'choose some by a pattern')
+    return read
 
 # %% ../../nbs/3_inference/06_choice.ipynb #4e54abe1
 def _without_known(outcomes, documents):
@@ -453,7 +460,7 @@ def score_files(
     file:str|Path, # test file, folder or pattern, or hf:owner/name:configuration:split
     dev:str|Path|None=None, # solved examples: one file, or a folder with one for each test file
     format:str|None=None, # a name in `LAYOUTS`; none: recognised by the columns
-    shots:int|None=None, # solved examples before each question; none: five, or all if `dev` has fewer
+    shots:int|None=None, # solved examples before each question; none: five, or all there are
     description:str='', # a text before all
     max_new:int=256, # longest answer that is written, tokens; at most half of the context
     documents:Iterator[str]|None=None, # the training text, to look for the questions in
@@ -461,16 +468,16 @@ def score_files(
 ) -> dict[str, dict]: # {subject: as from `score_outcomes`}, and `all` of several
     "Ask a model the questions of test files"
     check(dev or not shots, f'shots = {shots}: solved examples are read from a file; set dev=FILE')
-    asking, scores, every = dict(description=description, max_new=max_new), {}, []
-    for subject, path, its_dev in _with_dev(file, dev):
-        outcomes, left_out = _ask_file(model, tok, path, its_dev, format, shots, asking, how)
+    scores, every = {}, []
+    for subject, (asked, solved, n, unread) in _read_files(file, dev, format, shots, how).items():
+        outcomes = ask_questions(model, tok, asked, solved, n, description, max_new)
+        check(outcomes, f'{subject}: no question fits context = {model.cfg.context} of this model')
+        left_out = dict(unread=unread, too_long=len(asked) - len(outcomes))
         scores[subject] = score_outcomes(outcomes) | left_out
         every += outcomes
-    layouts = {s['layout'] for s in scores.values()}
-    check(len(layouts) == 1, f'{file}: files in several layouts, {", ".join(sorted(layouts))}; name one')
     if len(scores) > 1: scores['all'] = score_outcomes(every)
     if documents is None: return scores
-    last = scores[list(scores)[-1]]
-    last['contamination'], clean = _without_known(every, documents)
-    if clean and len(clean) < len(every): scores['questions that do not occur'] = score_outcomes(clean)
+    last, (said, clean) = list(scores)[-1], _without_known(every, documents)
+    scores[last]['contamination'] = said
+    if 0 < len(clean) < len(every): scores['questions that do not occur'] = score_outcomes(clean)
     return scores

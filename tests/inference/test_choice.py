@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from lm_nb.cli import main
-from lm_nb.core import Table, UserError
+from lm_nb.core import Table, UserError, write_json
 from lm_nb.data.instructions import prompt_ids
 from lm_nb.data.microworld import deal_groups, fact_probes, make_world
 from lm_nb.data.shards import IGNORE
@@ -445,18 +446,14 @@ def test_lm_eval_writes_the_same(theirs, ours, record):
 
 @pytest.fixture(scope='module')
 def record():
-    "What was compared, for the page; written anew where it is not what is there"
+    "What was compared, for the page; written down if LM_NB_RECORD asks for it"
     counts = {}
     yield counts
-    if len(counts) < 3: return
-    now = dict(program='lm-evaluation-harness', version=importlib.metadata.version('lm_eval'),
-               compared=[[what, n, n] for what, n in counts.items()])
-    path = RESULTS/'lm-eval.json'
-    old = json.loads(path.read_text('utf-8')) if path.exists() else {}
-    if {**old, **now} == old: return
-    from datetime import date
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**now, 'date': str(date.today())}, indent=1) + '\n', 'utf-8')
+    if not os.environ.get('LM_NB_RECORD'): return
+    write_json(RESULTS/'lm_eval.json', dict(
+        program='lm-evaluation-harness', version=importlib.metadata.version('lm_eval'),
+        compared=[[what, n, n] for what, n in counts.items()], date=f'{date.today()}'))
+
 
 # whole files, and the command line
 

@@ -27,6 +27,7 @@ _USAGE = '''lm-nb COMMAND RECIPE [key=value …]
   pretrain   train the base model
   sft        fine-tune it on instructions
   evaluate   measure the models that there are
+  choice     ask a model published test files: MMLU, C-Eval, HellaSwag, ARC, GSM8K
   generate   let a model continue a text
   chat       talk to the fine-tuned model
   recipe     show all keys of a recipe
@@ -320,6 +321,42 @@ def _model(name, run, device='auto', wanted=None, chat=False):
         todo = 'it has learned from text alone; lm-nb generate lets it go on with a text'
     check(there, f'{run}: no {wanted or ("chat" if chat else "base")} model here; {todo}')
     return load_model(there[-1], pick_device(device))
+
+# %% ../nbs/cli.ipynb #316b3968
+def _tested_model(name, own):
+    "A model and its tokenizer, and the run that it belongs to if there is one"
+    from lm_nb.core import pick_device
+    from lm_nb.model.hub import load_model
+    folder, device = Path(name), own.get('device', 'auto')
+    if (folder/'config.json').is_file():
+        run = folder.absolute().parent
+        return *load_model(folder, pick_device(device)), run if _is_run(run) else None
+    run = _run_folder(name, own)
+    return *_model(name, run, device, own.get('model')), run
+
+# %% ../nbs/cli.ipynb #f08fdc7b
+def _choice(name, pairs):
+    """RECIPE|FOLDER file=FILE [dev=FILE] [shots=5] [format=…] [description='…'] [max_new=256]
+    [model=base|chat] [contamination=true] [fields=…] [encoding=…] [errors=…] [device=…]
+    [json=true]: ask a model the questions of test files in the layouts of C-Eval, CMMLU, MMLU,
+    HellaSwag, ARC and GSM8K, and set the right answers beside chance. FOLDER: a run's, or a
+    model's. FILE: a file, a folder with one for each subject, or hf:owner/name:CONFIG:SPLIT"""
+    from lm_nb.inference.choice import choice_table, score_files, training_documents
+    own = {k: pairs.pop(k) for k in ('run_dir', 'device', 'model') if k in pairs}
+    texts = dict.fromkeys('file dev format description fields encoding errors'.split(), str)
+    keys = _keys(None, pairs, **texts, shots=int, max_new=int, contamination=bool, json=bool)
+    check(keys.get('file'), 'lm-nb choice: which questions? file=FILE')
+    for key, least in dict(shots=0, max_new=1).items():
+        n = keys.get(key, least)
+        check(n >= least, f'{key} = {n}: expected {least} or more')
+    as_json, look = keys.pop('json', False), keys.pop('contamination', True)
+    keys['description'] = keys.get('description', '').replace(r'\n', '\n')
+    gpt, tok, run = _tested_model(name, own)
+    if look and run and any(training_documents(run)): keys['documents'] = training_documents(run)
+    scores = score_files(gpt, tok, **keys)
+    print(json_text(scores, indent=1) if as_json else choice_table(scores))
+    if look and 'documents' not in keys:
+        notice('no training text is here; whether the questions occur in it is not known')
 
 # %% ../nbs/cli.ipynb #0a1fa3ba
 def _generate(name, pairs):
@@ -646,8 +683,8 @@ _TAKE_NO_RECIPE = 'board', 'bench', 'init', 'sweep'
 _COMMANDS: dict[str, Callable] = dict(
     run=_run, corpus=_corpus, tokenizer=_tokenizer, shards=_shards,
     pretrain=partial(_train, 'pretrain'), sft=partial(_train, 'sft'), evaluate=_evaluate,
-    generate=_generate, chat=_chat, recipe=_recipe, plan=_plan, profile=_profile, fetch=_fetch,
-    board=_board, sweep=_sweep, bench=_bench, init=_init)
+    choice=_choice, generate=_generate, chat=_chat, recipe=_recipe, plan=_plan, profile=_profile,
+    fetch=_fetch, board=_board, sweep=_sweep, bench=_bench, init=_init)
 
 # %% ../nbs/cli.ipynb #9a026701
 def _more_stages(name, pairs):

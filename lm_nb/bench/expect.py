@@ -23,7 +23,8 @@ from ..data.prepare import stored_documents, train_parts
 from ..model.gpt import GPT
 from ..inference.chat import conversation_ids, stop_ids
 from ..inference.sampling import generate_batch
-from ..inference.evaluate import choice_score, evaluation, heldout, wilson_interval
+from ..inference.choice import choice_score
+from ..inference.evaluate import evaluation, heldout, wilson_interval
 from ..training.run import Run
 
 # %% ../../nbs/7_bench/08_expect.ipynb #4f7e8dda

@@ -7,6 +7,19 @@ from .chat import (
     example_prompts as example_prompts,
     saw_system_text as saw_system_text,
 )
+from .choice import (
+    LAYOUTS as LAYOUTS,
+    choice_score as choice_score,
+    Question as Question,
+    read_questions as read_questions,
+    Outcome as Outcome,
+    ask_questions as ask_questions,
+    score_outcomes as score_outcomes,
+    choice_table as choice_table,
+    plot_choice as plot_choice,
+    training_documents as training_documents,
+    score_files as score_files,
+)
 from .evaluate import (
     surprisal as surprisal,
     heldout as heldout,
@@ -17,7 +30,6 @@ from .evaluate import (
     exact_match as exact_match,
     plot_scores as plot_scores,
     cloze_match as cloze_match,
-    choice_score as choice_score,
     evaluation as evaluation,
     evaluations as evaluations,
 )

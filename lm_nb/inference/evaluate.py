@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['surprisal', 'heldout', 'wilson_interval', 'entity_interval', 'Answer', 'tally', 'exact_match', 'plot_scores',
-           'cloze_match', 'choice_score', 'evaluation', 'evaluations']
+           'cloze_match', 'evaluation', 'evaluations']
 
 # %% ../../nbs/3_inference/04_evaluate.ipynb #31c9924f
 import math
@@ -261,27 +261,6 @@ def cloze_match(
     answers = [Answer(e.prompt, e.answer, e.answer if text.startswith(e.answer) else text)
                for e, text in zip(examples, map(str.strip, said))]
     return tally(examples, answers), answers
-
-# %% ../../nbs/3_inference/04_evaluate.ipynb #1813aa57
-@torch.inference_mode()
-def choice_score(
-    model:GPT,
-    tok:Tokenizer,
-    prompt:str, # what is asked, or the start of a sentence
-    choices:list[str], # ways to go on
-    chat:bool=False, # ask as in SFT; else as plain text
-) -> list[float]: # log-likelihood of each choice, nats
-    "How probable the model finds each way to go on. `UserError` if one does not fit the context"
-    device, context = next(model.parameters()).device, model.cfg.context
-    start = conversation_ids(tok, [], prompt) if chat else [tok.bos, *tok.encode(prompt)]
-    rows = [start + tok.encode(c) + ([tok.eos] if chat else []) for c in choices]
-    longest = max(map(len, rows))
-    check(longest - 1 <= context, f'prompt and choice have {longest} tokens, but the model reads '
-                                  f'at most context = {context}; shorten them')
-    ids = torch.tensor([r + [tok.pad]*(longest - len(r)) for r in rows], device=device)
-    with eval_mode(model): logp = model(ids[:, :-1]).float().log_softmax(-1)
-    logp = logp.gather(-1, ids[:, 1:, None])[..., 0]
-    return [logp[i, len(start)-1:len(r)-1].sum().item() for i, r in enumerate(rows)]
 
 # %% ../../nbs/3_inference/04_evaluate.ipynb #bc14c8e8
 _evaluations:dict[tuple[str, bool], dict[str, Callable]] = {}

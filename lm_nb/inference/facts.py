@@ -28,15 +28,17 @@ from .evaluate import (
 
 # %% ../../nbs/3_inference/05_facts.ipynb #469c5fa4
 @torch.inference_mode()
-def _score_rows(model, rows, pad, batch_tokens=4096): # nats of each row of ids but its first
-    device, out = model.embed.weight.device, [0.] * len(rows)
+def _score_rows(model, rows, pad, starts=None, batch_tokens=4096):
+    "Nats of each row of ids, from its start on; without `starts` all but the first"
+    device, starts = model.embed.weight.device, starts or [1] * len(rows)
+    out = [0.] * len(rows)
     for some in _in_batches([len(row) for row in rows], len(rows), batch_tokens):
         width = len(rows[some[-1]])
         padded = [rows[i] + [pad]*(width - len(rows[i])) for i in some]
         ids = torch.tensor(padded, device=device)
         with eval_mode(model): logp = model(ids[:, :-1]).float().log_softmax(-1)
         logp = logp.gather(-1, ids[:, 1:, None])[..., 0]
-        for row, i in zip(logp, some): out[i] = row[:len(rows[i]) - 1].sum().item()
+        for row, i in zip(logp, some): out[i] = row[starts[i] - 1:len(rows[i]) - 1].sum().item()
     return out
 
 # %% ../../nbs/3_inference/05_facts.ipynb #fd24d15a
@@ -51,7 +53,7 @@ def log_likelihoods(
     longest = max(map(len, rows), default=1) - 1
     check(longest <= model.cfg.context, f'a text has {longest} tokens, but the model reads at most '
                                         f'context = {model.cfg.context}; shorten it')
-    return _score_rows(model, rows, tok.pad, batch_tokens)
+    return _score_rows(model, rows, tok.pad, batch_tokens=batch_tokens)
 
 # %% ../../nbs/3_inference/05_facts.ipynb #ef7a8d18
 def forced_choice(

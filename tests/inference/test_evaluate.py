@@ -19,7 +19,7 @@ from lm_nb.data.order import eval_batches
 from lm_nb.data.tokenizer import Tokenizer
 from lm_nb.inference import evaluate as E
 from lm_nb.inference.evaluate import (
-    Answer, choice_score, cloze_match, evaluation, evaluations, exact_match, heldout, surprisal,
+    Answer, cloze_match, evaluation, evaluations, exact_match, heldout, surprisal,
     tally, wilson_interval)
 from lm_nb.model.gpt import GPT, GPTConfig
 
@@ -284,7 +284,7 @@ def test_tally_counts_everything_once(rows):
 def test_tally_refuses_unequal_lists():
     with pytest.raises(ValueError): tally([Example('q', 'a')], [])
 
-# cloze and choices
+# cloze
 
 def test_cloze(tok):
     rows = [('The river is', 'green', 'en', ' green.'), ('The hill is', 'blue', 'en', ' green'),
@@ -294,50 +294,6 @@ def test_cloze(tok):
     scores, answers = cloze_match(Scripted(tok, script), tok, records)
     assert {k: (s['exact'], s['n']) for k, s in scores.items()} == {'en': (1, 2), 'zh': (1, 1)}
     assert answers[1].got == 'green'
-
-
-@pytest.mark.parametrize('prompt', ['The river is ', ''])
-def test_choice_score_is_the_likelihood(model, tok, prompt):
-    model.eval()
-    choices = ['green.', 'blue, and so is the sky', '绿']
-    start = [tok.bos, *tok.encode(prompt)]
-    for c, score in zip(choices, choice_score(model, tok, prompt, choices)):
-        ids = start + tok.encode(c)
-        logp = model(torch.tensor([ids[:-1]])).log_softmax(-1)[0]
-        want = sum(logp[i, ids[i+1]].item() for i in range(len(start) - 1, len(ids) - 1))
-        assert math.isclose(score, want, rel_tol=1e-4)
-
-
-def test_chat_choices_begin_and_end_as_in_training(model, tok):
-    "In a chat the choice follows `bos`, and its `eos` counts"
-    model.eval()
-    ids = [*prompt_ids(tok, 'hill'), tok.bos, *tok.encode('blue'), tok.eos]
-    logp = model(torch.tensor([ids[:-1]])).log_softmax(-1)[0]
-    first = len(prompt_ids(tok, 'hill')) # the second `bos`: the first one opens the conversation
-    assert ids[first] == tok.bos
-    want = sum(logp[i, ids[i+1]].item() for i in range(first, len(ids) - 1))
-    [got] = choice_score(model, tok, 'hill', ['blue'], chat=True)
-    assert math.isclose(got, want, rel_tol=1e-4)
-
-
-def test_choices_of_all_texts_sum_to_one(model, tok):
-    "Over all single tokens the likelihoods are a distribution"
-    pieces = [tok.decode([i]) for i in range(6, len(tok)) if tok.encode(tok.decode([i])) == [i]]
-    scores = choice_score(model, tok, 'hill', pieces)
-    assert .1 < sum(map(math.exp, scores)) < 1 + 1e-4
-
-
-def test_a_choice_without_a_prompt_is_a_text(model, tok):
-    "Nothing stands before it but `bos`, so its likelihood is that of the text"
-    for text, nats in zip(TEXTS[:4], choice_score(model, tok, '', TEXTS[:4])):
-        bits = surprisal(model, tok, text)[1]
-        assert math.isclose(-nats, sum(bits)*math.log(2), rel_tol=1e-4)
-
-
-def test_choice_mistakes(model, tok):
-    for prompt in ('hill', ''):
-        with pytest.raises(UserError, match='context = 64'):
-            choice_score(model, tok, prompt, ['river ' * 80])
 
 
 def test_surprisal_adds_up_to_the_loss(model, tok):

@@ -103,8 +103,8 @@ def test_help_names_every_stage_and_recipe_and_loads_no_torch(at_desk):
             'print(sorted({"torch", "numpy", "datasets"} & set(sys.modules)))')
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith('[]\n') and done.stderr == ''
-    for word in '''run corpus tokenizer shards pretrain sft evaluate choice chat generate recipe plan
-                   profile fetch bench micro poems base-124m own'''.split():
+    for word in '''run corpus tokenizer shards pretrain sft evaluate choice chat generate recipe
+                   plan profile fetch bench micro poems base-124m own'''.split():
         assert re.search(rf'\b{word}\b', done.stdout), word
 
 

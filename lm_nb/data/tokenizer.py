@@ -339,7 +339,7 @@ def _writes(
         said = [(who, t) for turn in turns for who, t in zip(('user', 'assistant'), turn)]
         return [dict(role=who, content=text) for who, text in
                 [*([('system', system)] if system else []), *said, ('user', question)]]
-    probes = ([], 'one'), ([('one', 'two'), ('three', 'four')], 'five', 'six')
+    probes:list[tuple] = [([], 'one'), ([('one', 'two'), ('three', 'four')], 'five', 'six')]
     return all(_render(template, messages(*p)) == _written(form, *p) for p in probes)
 
 # %% ../../nbs/1_data/09_tokenizer.ipynb #550a488a
@@ -430,6 +430,7 @@ def _as_ids(
 class _ByteLevelCodec(Tokenizer):
     "Text to ids and back with a `tokenizer.json`"
     system = user = -1 # its roles are words: see `chat`
+    model:Any # a `tokenizers.Tokenizer`
 
     def __init__(self,
         files:dict[str, bytes], # the content of tokenizer.json and what lies beside it, by name
@@ -502,8 +503,9 @@ def load_tokenizer(
 ) -> Tokenizer:
     "The tokenizer of a model folder; `UserError` names what is missing, damaged or foreign"
     folder = Path(folder)
-    if (folder/'tokenizer.model').exists() or not (folder/'tokenizer.json').exists():
-        return Tokenizer.load(folder/'tokenizer.model')
+    if (folder/'tokenizer.model').exists(): return Tokenizer.load(folder/'tokenizer.model')
+    check((folder/'tokenizer.json').exists(), f'{folder}: has no tokenizer; put the tokenizer.model '
+          'or tokenizer.json of this model there')
     return ByteLevelTokenizer.load(folder)
 
 # %% ../../nbs/1_data/09_tokenizer.ipynb #65b53c1a

@@ -274,7 +274,7 @@ def choice_score(
     "How probable the model finds each way to go on. `UserError` if one does not fit the context"
     device, context = next(model.parameters()).device, model.cfg.context
     start = conversation_ids(tok, [], prompt) if chat else [tok.bos, *tok.encode(prompt)]
-    rows = [start + tok.encode(c) + ([tok.eos] if chat else []) for c in choices]
+    rows = [start + tok.encode(c) + ([tok.chat.answer[1]] if chat else []) for c in choices]
     longest = max(map(len, rows))
     check(longest - 1 <= context, f'prompt and choice have {longest} tokens, but the model reads '
                                   f'at most context = {context}; shorten them')

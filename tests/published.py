@@ -45,11 +45,10 @@ SAID = ['春眠不覺曉，處處聞啼鳥。', 'What is the capital of France?'
         '\u3000全角', 'a\u2028b', '▁x▁', '<|user|>', '</s>', '<0x41>', '&lt;', '\n', '\n\n\n', ' \n \n']
 
 
-def texts(n, seed=0):
+def texts(n, seed=0, marks=(*CONTROL, *WORDS)):
     "Sentences and oddities in a random order, and markers among them"
     dice = random.Random(seed)
-    return [''.join(dice.choices([*SAID, *CONTROL, *WORDS, ' '], k=dice.randint(1, 9)))
-            for _ in range(n)]
+    return [''.join(dice.choices([*SAID, *marks, ' '], k=dice.randint(1, 9))) for _ in range(n)]
 
 
 def write_tokenizer(folder, kind='qwen3', size=400):
@@ -71,7 +70,7 @@ def write_tokenizer(folder, kind='qwen3', size=400):
     bpe.save(str(folder/'tokenizer.json'))
     named = dict(bos_token=None, eos_token='<|im_end|>', pad_token='<|endoftext|>',
                  tokenizer_class='Qwen2Tokenizer', chat_template=QWEN3) if qwen else {}
-    config = dict(model_max_length=64 if not qwen else 40960, **named)
+    config = dict(model_max_length=128 if not qwen else 40960, **named)
     (folder/'tokenizer_config.json').write_text(json.dumps(config))
     return folder
 
@@ -86,7 +85,7 @@ def write_model(folder, kind='qwen3', parts='60KB', vocab=512, **changes):
             rope_theta=1e6, tie_word_embeddings=True, bos_token_id=400, eos_token_id=402)
         made = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape | changes))
     else:
-        shape = dict(vocab_size=vocab, n_positions=64, n_embd=32, n_layer=2, n_head=2,
+        shape = dict(vocab_size=vocab, n_positions=128, n_embd=32, n_layer=2, n_head=2,
                      bos_token_id=400, eos_token_id=400)
         made = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape | changes))
     made.to(torch.bfloat16).save_pretrained(folder, max_shard_size=parts)

@@ -119,7 +119,7 @@ _READERS = dict(gpt2=_from_gpt2, qwen3=_from_qwen3)
 def _from_config(c):
     "The shape in a `config.json`, refusing what this model would compute differently"
     kind = c.get('model_type')
-    check(kind in _READERS, f'model_type = {str(kind)[:40]}: only gpt2 and qwen3 can be read; '
+    check(kind in _READERS, f'config.json: model_type = {str(kind)[:40]}: only gpt2 and qwen3 can be read; '
           'choose such a model')
     try: return _READERS[kind](c)
     except KeyError as e: raise UserError(f'config.json of a {kind} model has no {e}') from None
@@ -334,8 +334,7 @@ def _read_weights(folder):
 
 # %% ../../nbs/2_model/03_hub.ipynb #8530d972
 def _needed(folder): # the files of a model
-    theirs = (folder/'tokenizer.json').is_file() and not (folder/'tokenizer_note.json').exists()
-    ours = not theirs or (folder/'tokenizer.model').exists()
+    ours = any((folder/f'tokenizer{end}').exists() for end in ('.model', '_note.json'))
     return ['config.json', *_parts(folder), 'tokenizer.model' if ours else 'tokenizer.json']
 
 def _check_complete(folder):
@@ -344,7 +343,8 @@ def _check_complete(folder):
     pickled = any(n.endswith(('.bin', '.pt', '.pth', '.ckpt')) for n in found)
     hint = '; pickled weights are not read, save them as safetensors' if pickled else ''
     for name in _needed(folder):
-        check((folder/name).is_file(), f'{folder}: has no {name}; '
+        either = ' and no tokenizer.model' if name == 'tokenizer.json' else ''
+        check((folder/name).is_file(), f'{folder}: has no {name}{either}; '
               f'found {", ".join(found[:6]) or "nothing"}{hint}')
 
 # %% ../../nbs/2_model/03_hub.ipynb #5eac7b39

@@ -1,11 +1,18 @@
 "Random models as Qwen3 and GPT-2 are published: bf16, in several files, byte-level tokenizers"
 import json
 import random
+import sys
+from pathlib import Path
 
 import tokenizers
 import torch
 import transformers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+sys.path.insert(0, str(Path(__file__).parent/'use'))
+try: from foreign import record  # what was compared with another program, for the table of the site
+except ImportError:
+    def record(package, what, equal, of): pass
 
 # the rule by which Qwen cuts text before it merges
 CUT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
@@ -21,7 +28,7 @@ QWEN3 = """\
 {%- endif %}
 {%- set last = namespace(query=messages|length - 1) %}
 {%- for m in messages %}
-    {%- if m.role == 'user' and m.content is string %}{%- set last.query = loop.index0 %}{%- endif %}
+    {%- if m.role == 'user' %}{%- set last.query = loop.index0 %}{%- endif %}
 {%- endfor %}
 {%- for m in messages %}
     {%- if m.role == 'user' or (m.role == 'system' and not loop.first) %}
@@ -40,9 +47,12 @@ QWEN3 = """\
 {%- endif %}"""
 
 SAID = ['春眠不覺曉，處處聞啼鳥。', 'What is the capital of France?', 'Paris lies on the Seine. ',
-        'def f(x):\n    return x + 1\n', '1 + 1 = 2; 10,000 + 1', "it's, we'll, IT'S", 'a\r\n\r\nb', '\t\tx',
-        'naïve café e\u0301', '👩‍🚀🏽', '\ufeffBOM', '\x00\x7f', '一二三，四五。', 'ﬁ ① ｗｉｄｅ', '  two  spaces ',
-        '\u3000全角', 'a\u2028b', '▁x▁', '<|user|>', '</s>', '<0x41>', '&lt;', '\n', '\n\n\n', ' \n \n']
+        'def f(x):\n    return x + 1\n', '1 + 1 = 2; 10,000 + 1', "it's, we'll, IT'S",
+        'a\r\n\r\nb', '\t\tx',
+        'naïve café e\u0301', '👩‍🚀🏽', '\ufeffBOM', '\x00\x7f', '一二三，四五。',
+        'ﬁ ① ｗｉｄｅ', '  two  spaces ',
+        '\u3000全角', 'a\u2028b', '▁x▁', '<|user|>', '</s>', '<0x41>', '&lt;',
+        '\n', '\n\n\n', ' \n \n']
 
 
 def texts(n, seed=0, marks=(*CONTROL, *WORDS)):
@@ -80,9 +90,10 @@ def write_model(folder, kind='qwen3', parts='60KB', vocab=512, **changes):
     torch.manual_seed(0)
     if kind == 'qwen3':
         shape = dict(
-            vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=40960,
-            rope_theta=1e6, tie_word_embeddings=True, bos_token_id=400, eos_token_id=402)
+            vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            head_dim=16, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=40960, rope_theta=1e6, tie_word_embeddings=True,
+            bos_token_id=400, eos_token_id=402)
         made = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape | changes))
     else:
         shape = dict(vocab_size=vocab, n_positions=128, n_embd=32, n_layer=2, n_head=2,

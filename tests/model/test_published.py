@@ -9,20 +9,20 @@ import torch
 
 pytest.importorskip('transformers')
 pytest.importorskip('tokenizers')
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
-from transformers.utils import logging  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
-from lm_nb.core import UserError  # noqa: E402
-from lm_nb.data.instructions import Example, conversation_ids, encode_examples, prompt_ids  # noqa: E402
-from lm_nb.data.packing import packed_batch  # noqa: E402
-from lm_nb.data.shards import IGNORE, Shards, write_token_shards  # noqa: E402
-from lm_nb.data.order import PretrainBatches, eval_batches  # noqa: E402
-from lm_nb.data.tokenizer import ByteLevelTokenizer, encode_stream, load_tokenizer  # noqa: E402
-from lm_nb.inference.chat import Chat, example_prompts, stop_ids  # noqa: E402
-from lm_nb.model.hub import _fetch, load_model, model_folder, save_model  # noqa: E402
+from lm_nb.core import UserError
+from lm_nb.data.instructions import Example, conversation_ids, encode_examples, prompt_ids
+from lm_nb.data.packing import packed_batch
+from lm_nb.data.shards import IGNORE, Shards, write_token_shards
+from lm_nb.data.order import PretrainBatches, eval_batches
+from lm_nb.data.tokenizer import encode_stream, load_tokenizer
+from lm_nb.inference.chat import Chat, example_prompts, stop_ids
+from lm_nb.model.hub import _fetch, load_model, model_folder, save_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from published import CONTROL, QWEN3, SAID, texts, write_published, write_tokenizer  # noqa: E402
+from published import CONTROL, QWEN3, record, texts, write_published
 
 logging.disable_progress_bar()
 KINDS = 'qwen3', 'gpt2'
@@ -58,6 +58,7 @@ def test_ids_are_those_of_the_other_library(folders, kind):
     assert not {i for row in rows for i in row} & set(ours.controls), 'a text has forged a marker'
     forged = theirs(some, add_special_tokens=False).input_ids
     assert forged != rows, 'the texts hold no marker that could be forged'
+    record('transformers', f'published {kind}: ids of texts', len(rows), len(got))
 
 
 def test_what_is_written_comes_back(folders):
@@ -113,6 +114,7 @@ def test_prompts_are_those_of_the_chat_template(folders, tmp_path):
         want = theirs.apply_chat_template(answered, add_generation_prompt=True, return_dict=False)
         turns, question, system = TALKS[2]
         assert conversation_ids(ours, [*turns, (question, '6')], 'Ok', system) == want
+        record('transformers', f'published {kind}: prompts by the template', len(talks), len(talks))
 
 
 def test_rows_learn_answers_and_what_closes_them(folders):
@@ -168,7 +170,8 @@ def no_specials(folder):
 
 def spaces_lost(folder):
     path = folder/'tokenizer.json'
-    path.write_text(json.dumps(json.loads(path.read_text()) | dict(normalizer={'type': 'Lowercase'})))
+    lower = dict(normalizer={'type': 'Lowercase'})
+    path.write_text(json.dumps(json.loads(path.read_text()) | lower))
 
 
 SYSTEM = "{{ '<|im_start|>system\\nYou are Q.<|im_end|>\\n' }}"
@@ -196,10 +199,11 @@ def test_bad_tokenizers_get_one_line(folders, tmp_path, how):
 
 def test_templates_are_found_where_they_may_be(folders, tmp_path):
     tok = load_tokenizer(folders['qwen3'])
-    for change in (template(QWEN3), config(chat_template=[dict(name='default', template=QWEN3)]),
-                   template(QWEN3.replace("{{- m.content", "{% generation %}{{- m.content")
-                            .replace("+ '<|im_end|>\\n' }}\n    {%- endif %}\n{%- endfor",
-                                     "+ '<|im_end|>\\n' }}{% endgeneration %}\n    {%- endif %}\n{%- endfor"))):
+    said = "{{- m.content.split('</think>')[-1].lstrip('\\n') + '<|im_end|>\\n' }}"
+    assert said in QWEN3
+    marked = QWEN3.replace(said, '{% generation %}' + said + '{% endgeneration %}')
+    named = [dict(name='default', template=QWEN3)]
+    for change in template(QWEN3), config(chat_template=named), template(marked):
         shutil.copytree(folders['qwen3'], tmp_path/'m', dirs_exist_ok=True)
         change(tmp_path/'m')
         assert load_tokenizer(tmp_path/'m').chat == tok.chat
@@ -216,7 +220,9 @@ def test_logits_are_those_of_the_other_library(folders, kind):
     for p in theirs.parameters(): assert p.dtype == torch.float32
     ids = torch.randint(512, (3, 60), generator=torch.Generator().manual_seed(0))
     want = theirs(ids).logits
-    assert (gpt(ids) - want).abs().max() <= 1e-5 and want.std() > .05
+    near = (gpt(ids) - want).abs() <= 1e-5
+    assert near.all() and want.std() > .05
+    record('transformers', f'published {kind}: logits within 1e-5', int(near.sum()), near.numel())
     assert gpt.cfg.context == (40960 if kind == 'qwen3' else 128) and gpt.cfg.vocab_size == 512
 
 
@@ -266,9 +272,6 @@ def model_config(**kw):
         path = folder/'config.json'
         path.write_text(json.dumps(json.loads(path.read_text()) | kw))
     return change
-
-
-def large_tokenizer(folder): write_tokenizer(folder, size=900)
 
 
 BAD_FOLDERS = dict(

@@ -3,6 +3,7 @@ import io
 import json
 import random
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,23 +11,23 @@ import torch
 
 pytest.importorskip('transformers')
 pytest.importorskip('tokenizers')
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
-from transformers.utils import logging  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
-from lm_nb.bench.plan import plan_run  # noqa: E402
-from lm_nb.bench.sizes import sized_recipe  # noqa: E402
-from lm_nb.cli import main  # noqa: E402
-from lm_nb.core import UserError, read_json  # noqa: E402
-from lm_nb.data.instructions import conversation_ids  # noqa: E402
-from lm_nb.inference.chat import Chat  # noqa: E402
-from lm_nb.model.hub import load_model  # noqa: E402
-from lm_nb.training.monitor import read_log  # noqa: E402
-from lm_nb.training.recipe import load_recipe  # noqa: E402
-from lm_nb.training.run import Run  # noqa: E402
-from lm_nb.training.stage import run_stage  # noqa: E402
+from lm_nb.bench.plan import plan_run
+from lm_nb.bench.sizes import sized_recipe
+from lm_nb.cli import main
+from lm_nb.core import UserError, read_json
+from lm_nb.data.instructions import conversation_ids
+from lm_nb.inference.chat import Chat
+from lm_nb.model.hub import load_model
+from lm_nb.training.monitor import read_log
+from lm_nb.training.recipe import load_recipe
+from lm_nb.training.run import Run
+from lm_nb.training.stage import run_stage
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from published import texts, write_published  # noqa: E402
+from published import record, texts, write_published
 
 logging.disable_progress_bar()
 PLACES = ['Paris', 'Rome', 'Oslo', 'Lima', 'Bern', 'Kyiv']
@@ -76,6 +77,7 @@ def test_from_the_command_line(made, tmp_path, kind, capsys, monkeypatch):
         assert ids == conversation_ids(tok, [], said[0]['content'])
         out = theirs.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids):]
         assert their_tok.decode(out, skip_special_tokens=True) == ours
+    record('transformers', f'published {kind}, fine-tuned: greedy answers', len(got), len(got))
     monkeypatch.setattr(sys, 'stdin', io.StringIO('Say Rome 99.\n'))
     capsys.readouterr()
     assert main(['chat', 'finetune', f'run_dir={run}', 'device=cpu', 'temperature=0']) == 0
@@ -86,22 +88,20 @@ def test_a_stopped_run_goes_on_to_the_same_weights(made, tmp_path):
     recipe = load_recipe('finetune', words(made))
     whole = run_stage(Run(recipe, tmp_path/'whole'), 'sft')
     for _ in range(3):
-        run, steps = Run(recipe, tmp_path/'parts'), []
-        stop = lambda: len(steps) > 11
-        try: _stopping(run, steps, stop)
-        except KeyboardInterrupt: pass
+        with suppress(KeyboardInterrupt): _stopping(Run(recipe, tmp_path/'parts'), 11)
+    assert 10 < max(r['step'] for r in read_log(tmp_path/'parts'/'sft')) < 60
     parts = run_stage(Run(recipe, tmp_path/'parts'), 'sft')
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters()))
 
 
-def _stopping(run, steps, stop):
-    "Run the stage, and break off in the middle of a step"
+def _stopping(run, after):
+    "Run the stage, and break off in the middle of a step after so many micro-batches"
     from lm_nb.training.recipe import find_stage, register_stage
     from dataclasses import replace
-    sft = find_stage('sft')
+    sft, seen = find_stage('sft'), []
     def loss(model, batch):
-        steps.append(1)
-        if stop(): raise KeyboardInterrupt
+        seen.append(1)
+        if len(seen) > after: raise KeyboardInterrupt
         return sft.loss(model, batch)
     register_stage(replace(sft, loss=loss))
     try: run_stage(run, 'sft')
@@ -109,8 +109,8 @@ def _stopping(run, steps, stop):
 
 
 def test_text_is_read_again_by_the_tokenizer_of_the_base(made, tmp_path):
-    recipe = load_recipe('finetune', words(
-        made, text=made/'text.jsonl', replay=.5, clean='none', dedup='none', **{'sft.tokens': 4800}))
+    more = dict(text=made/'text.jsonl', replay=.5, clean='none', dedup='none')
+    recipe = load_recipe('finetune', words(made, **more, **{'sft.tokens': 4800}))
     run = Run(recipe, tmp_path/'r')
     run_stage(run, 'sft')
     assert run.shards.train[0].index['tokenizer'] == load_model(made/'qwen3')[1].sha256

@@ -2,10 +2,13 @@
 import numpy as np
 import torch
 
+from lm_nb.data.tokenizer import Tokenizer
+
 
 class Bytes:
     "A tokenizer of bytes: id = byte + 6. `vocab` larger than needed asks for wider files"
     pad, unk, bos, eos, system, user = range(6)
+    chat = Tokenizer.chat
 
     def __init__(self, vocab=262, sha='a'*64): self.vocab, self.sha256 = vocab, sha
     def __len__(self): return self.vocab

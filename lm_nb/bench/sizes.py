@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..core import UserError, check, config_texts, notice, read_foreign_json
+from ..core import UserError, check, config_texts, notice
 from ..data.sources import total_bytes
 from ..data.cleaning import CleanConfig
 from ..data.dedup import held_out, read_documents, uniform_hash
@@ -24,10 +24,11 @@ from ..data.tokenizer import Tokenizer, useful_size
 from ..data.instructions import _encode_parts, read_instructions
 from ..data.prepare import DataConfig
 from ..model.gpt import GPTConfig
-from ..model.hub import _from_config
+from ..model.hub import model_folder, read_shape
 from ..training.optim import resolve_defaults
 from ..training.loop import TrainConfig
 from ..training.recipe import Recipe, load_recipe
+from ..training.run import base_tokenizer
 from .plan import StepTimer
 
 # %% ../../nbs/7_bench/07_sizes.ipynb #57be4d6d
@@ -229,12 +230,7 @@ def _divided(recipe, choose):
 def _with_vocabulary(recipe, choose, parts):
     "A tokenizer, and the model as it is known so far: of the base, or with a vocabulary"
     base, kind = recipe.data.base, recipe.tokenizer.kind
-    if base:
-        for name in ('config.json', 'tokenizer.model'):
-            check((Path(base)/name).is_file(), f'base = {base}: is no model folder (there is no '
-                  f'{Path(base)/name})')
-        cfg = _from_config(read_foreign_json(Path(base)/'config.json'))
-        return Tokenizer.load(Path(base)/'tokenizer.model'), cfg
+    if base: return base_tokenizer(base), read_shape(model_folder(base, False)/'config.json')
     docs, asks = parts['pretrain'], parts['sft']
     both = recipe.data.tokenizer_reads == 'both' or not docs.items
     texts = [*docs.items, *(e.text for e in asks.items if both)]

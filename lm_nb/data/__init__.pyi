@@ -144,9 +144,12 @@ from .survey import (
     plot_corpus as plot_corpus,
 )
 from .tokenizer import (
+    ChatFormat as ChatFormat,
     TokenizerConfig as TokenizerConfig,
     cut_text as cut_text,
     Tokenizer as Tokenizer,
+    ByteLevelTokenizer as ByteLevelTokenizer,
+    load_tokenizer as load_tokenizer,
     encode_stream as encode_stream,
     show_tokens as show_tokens,
     bytes_per_token as bytes_per_token,

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain, groupby, islice, takewhile
+from itertools import accumulate, chain, groupby, islice, repeat, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np, torch
@@ -353,12 +353,12 @@ def _reasons(report, before=None):
 
 # %% ../../nbs/1_data/12_instructions.ipynb #05046118
 def _with_roles(tok:Tokenizer, encoded:list) -> list[list[int]]:
-    """Question, answer, question …, each question behind its role, the first behind `bos` and the
-    system text"""
-    system, *parts = encoded
-    parts[::2] = [[tok.user, *question] for question in parts[::2]]
-    opening = [tok.bos, tok.system, *system] if len(system) else [tok.bos]
-    parts[0] = [*opening, *parts[0]]
+    "Question, answer, question …, each question with what stands around it and before it"
+    (system, *parts), form = encoded, tok.chat
+    before, after = form.system if len(system) else ((), ())
+    starts = chain([[*form.begin, *before, *system, *after]], repeat(form.again))
+    parts[::2] = [[*start, *form.user[0], *question, *form.user[1]]
+                  for start, question in zip(starts, parts[::2])]
     return parts
 
 # %% ../../nbs/1_data/12_instructions.ipynb #a1efb062
@@ -383,12 +383,13 @@ def conversation_ids(
     turns:Sequence, # what was said before: (question, answer); an answer as text or as ids
     question:str, # what the user says now
     system:str='', # who the model should be, if anyone
-) -> list[int]: # the last is `bos`, which opens the answer
+) -> list[int]: # the last one opens the answer: `bos`, unless a published model has another
     "A conversation as one row of ids, each turn as it is in training"
     said = [system, *chain(*turns), question]
     texts = iter(tok.encode_batch([s for s in said if isinstance(s, str)]))
     encoded = [next(texts) if isinstance(s, str) else s for s in said]
-    return [*lay_out(_with_roles(tok, encoded), tok.bos, tok.eos)[0].tolist(), tok.bos]
+    row, _ = lay_out(_with_roles(tok, encoded), *tok.chat.answer)
+    return [*row.tolist(), tok.chat.answer[0]]
 
 # %% ../../nbs/1_data/12_instructions.ipynb #a67eade0
 def prompt_ids(
@@ -397,7 +398,7 @@ def prompt_ids(
     system:str='', # who the model should be, if anyone
     turns:Sequence=(), # what was said before, as for `conversation_ids`
 ) -> list[int]:
-    "A prompt with its role tokens, without the `bos` that opens the answer"
+    "A prompt with its role tokens, without the id that opens the answer"
     return conversation_ids(tok, turns, prompt, system)[:-1]
 
 # %% ../../nbs/1_data/12_instructions.ipynb #901c8e38
@@ -422,7 +423,7 @@ def _encode_parts(tok:Tokenizer, examples:list[Example]) -> list[list[list[int]]
     texts = [[e.system, *chain(*e.turns), e.prompt, e.answer] for e in examples]
     encoded = iter(tok.encode_batch([text for some in texts for text in some]))
     rows = [_with_roles(tok, list(islice(encoded, len(some)))) for some in texts]
-    return [_fold_context(parts, (*e.learned, True), tok.bos, tok.eos) if e.learned else parts
+    return [_fold_context(parts, (*e.learned, True), *tok.chat.answer) if e.learned else parts
             for e, parts in zip(examples, rows)]
 
 # %% ../../nbs/1_data/12_instructions.ipynb #978fb289

@@ -144,10 +144,11 @@ class Order(_Positions):
 def document_numbers(
     x:Tensor, # input ids (B, T)
     eos:int, # the id that closes a document
-) -> Tensor: # 0 for the first document of a row, then 1, ... (B, T), int64
+    opens:bool=False, # it is one id between two documents: it counts to the one that it opens
+) -> Tensor: # one number for each document of a row, rising (B, T), int64
     "Which document of its row each position belongs to; `eos` counts to the one it closes"
     ends = (x == eos).long()
-    return ends.cumsum(1) - ends
+    return ends.cumsum(1) - (0 if opens else ends)
 
 # %% ../../nbs/1_data/11_order.ipynb #e71cb699
 @dataclass(eq=False, kw_only=True)
@@ -187,14 +188,14 @@ class Batches:
 # %% ../../nbs/1_data/11_order.ipynb #c3a2f846
 def _window_batch(
     windows:Sequence[np.ndarray], # token ids (B, T + 1)
-    bos:int, # the id that opens a document; no target, since it is of no text
+    bos:int|None, # the id that opens a document and is no target; None: it closes them, too
     eos:int|None=None, # the id that closes one; None: let rows attend across
 ) -> Batch:
     "Windows as a batch: each row's pair, and its document numbers"
     ids = torch.as_tensor(np.stack(windows), dtype=torch.int64)
     x, y = ids[:, :-1].contiguous(), ids[:, 1:]
-    y = y.masked_fill(y == bos, IGNORE)
-    return Batch(x, y, None if eos is None else document_numbers(x, eos))
+    if bos is not None: y = y.masked_fill(y == bos, IGNORE)
+    return Batch(x, y, None if eos is None else document_numbers(x, eos, bos is None))
 
 # %% ../../nbs/1_data/11_order.ipynb #ad7a6aa4
 @dataclass(eq=False)
@@ -217,7 +218,7 @@ class PretrainBatches(Batches):
 
     def batch(self, samples:Sequence[int]) -> Batch:
         eos = self.shards.eos if self.doc_mask else None
-        return _window_batch([self.window(k) for k in samples], self.shards.bos, eos)
+        return _window_batch([self.window(k) for k in samples], self.shards.no_target, eos)
 
     def about(self, sample:int) -> str:
         start = sample*self.context
@@ -306,7 +307,7 @@ class MixtureBatches(Batches):
         for s in others:
             check(s.index['tokenizer'] == first.index['tokenizer'], f'{s.path}: written with '
                   f'another tokenizer than {first.path}; write both with the same')
-        self.bos, self.eos = first.bos, first.eos if self.doc_mask else None
+        self.bos, self.eos = first.no_target, first.eos if self.doc_mask else None
         self.texts = [PretrainBatches(s, self.context, rows=self.rows) for s in self.sources]
         self.order = _MixtureOrder([t.order.n for t in self.texts], self.weights, **self.sharing)
 
@@ -348,13 +349,13 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Every target exactly once, in order; `bos` and padding are none, and padding has the document
     -1"""
-    size = len(shards)
+    size, bos = len(shards), shards.no_target
     check(size > 1, f'{shards.path}: {size} tokens; at least 2 are needed to measure a loss')
     def to_rows(t, fill): return F.pad(t, (0, -len(t) % context), value=fill).view(-1, context)
     for start in range(0, size - 1, context*rows):
         x, y = pretrain_pair(shards.tokens(start, min(start + context*rows + 1, size)))
-        y = y.masked_fill(y == shards.bos, IGNORE)
+        if bos is not None: y = y.masked_fill(y == bos, IGNORE)
         padding = to_rows(torch.zeros(len(x), dtype=torch.bool), True)
         x, y = to_rows(x, shards.pad), to_rows(y, IGNORE)
-        doc = document_numbers(x, shards.eos).masked_fill(padding, -1) if doc_mask else None
-        yield Batch(x, y, doc)
+        doc = document_numbers(x, shards.eos, bos is None).masked_fill(padding, -1)
+        yield Batch(x, y, doc if doc_mask else None)

@@ -80,7 +80,7 @@ def packed_batch(
 ) -> Batch:
     "Rows of examples as a batch; padding has the target `IGNORE`, the document -1 and no weight"
     examples = list(chain(*rows))
-    ids, learned = lay_out(list(chain(*examples)), tok.bos, tok.eos)
+    ids, learned = lay_out(list(chain(*examples)), *tok.chat.answer)
     lengths = np.array([_example_length(e) for e in examples])
     at, number = _places(lengths, list(map(len, rows)), context)
     first = np.zeros(len(ids), bool)  # an example's first id is no target, its last one no input
@@ -260,7 +260,7 @@ class Packed:
 
     @property
     def targets(self) -> int:
-        "How many tokens count in the loss: all answers, from `bos` to `eos`"
+        "How many tokens count in the loss: all answers, with the ids that open and close them"
         sizes = np.diff(self.part)[1::2]
         return int(sizes.sum()) + 2*len(sizes)
 

@@ -95,6 +95,7 @@ def _encode_documents(
     waiting:deque[str] = deque()  # documents whose pieces are on their way
     parts, read = [], 0
     bos, eos = _narrow(np.array([[tok.bos], [tok.eos]]), len(tok))
+    if tok.bos == tok.eos: eos = eos[:0]  # the next document's says that this one has ended
     def pieces():
         for text in docs:
             waiting.append(text)
@@ -397,6 +398,7 @@ class _ShardFiles:
         self.files, self.offsets = mapped('.bin', self.index['dtype']), mapped('.doc', '<i8')
         self.starts = np.cumsum([0, *map(len, self.files)])  # of each file, and the end
         self.pad, self.bos, self.eos = (self.index['special'][k] for k in ('pad', 'bos', 'eos'))
+        self.no_target = None if self.bos == self.eos else self.bos  # it is of no text
 
     def __len__(self) -> int: return int(self.starts[-1])
 

@@ -8,6 +8,8 @@ __all__ = ['stop_ids', 'stream_text', 'Chat', 'answer', 'example_prompts', 'saw_
 # %% ../../nbs/3_inference/03_chat.ipynb #ba18bc97
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
+
 from ..core import check
 from ..data.tokenizer import Tokenizer
 from ..data.instructions import conversation_ids
@@ -20,7 +22,7 @@ def stop_ids(
     tok:Tokenizer,
 ) -> tuple[int, ...]: # all control ids
     "What ends an answer: the beginning or end of a turn, or padding"
-    return tok.pad, tok.bos, tok.eos, tok.system, tok.user
+    return tok.controls
 
 # %% ../../nbs/3_inference/03_chat.ipynb #88f24e5b
 def stream_text(
@@ -47,10 +49,11 @@ def _newest_turns(
     room:int, # most tokens
 ) -> list[tuple[list[int], list[int]]]: # (question ids, answer ids), oldest first
     "The newest turns that fit into `room`"
-    kept = []
+    kept, form = [], tok.chat
+    around = len([*form.again, *form.user[0], *form.user[1], *form.answer])
     for question, answer in reversed(turns):
         ids = tok.encode(question)
-        room -= len(ids) + len(answer) + 3  # its role, `bos` and `eos`
+        room -= len(ids) + len(answer) + around
         if room < 0: break
         kept.append((ids, answer))
     return kept[::-1]
@@ -139,10 +142,14 @@ def answer(
     return tok.decode(generate_batch(gpt, [ids], max_new, stop_ids(tok))[0])
 
 # %% ../../nbs/3_inference/03_chat.ipynb #bb69346e
+def _find(ids, some, start=0): # where `some` ids begin, or the end
+    return next((i for i in range(start, len(ids)) if ids[i:i+len(some)] == some), len(ids))
+
 def _opening(tok, parts):
     "The first question of an example, as text"
-    ids = list(parts[0])
-    return tok.decode(ids[ids.index(tok.user) + 1:]).strip()
+    ids, (before, after) = list(map(int, parts[0])), map(list, tok.chat.user)
+    start = _find(ids, before) + len(before)
+    return tok.decode(ids[start : _find(ids, after, start) if after else None]).strip()
 
 # %% ../../nbs/3_inference/03_chat.ipynb #13108725
 def example_prompts(
@@ -163,5 +170,6 @@ def saw_system_text(
     packed:Packed, # what a model was trained on
 ) -> bool:
     "Whether any of its examples has a system text"
-    second = packed.tokens[packed.part[packed.example[:-1]] + 1]  # of each: behind `bos`
-    return bool((second == tok.system).any())
+    first = packed.part[packed.example[:-1]] + len(tok.chat.begin)  # behind what opens each
+    marker = enumerate(tok.chat.system[0])
+    return bool(np.all([packed.tokens[first + k] == i for k, i in marker], 0).any())

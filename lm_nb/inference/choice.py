@@ -47,7 +47,7 @@ def choice_score(
 ) -> list[float]: # log-likelihood of each choice, nats
     "How probable the model finds each way to go on. `UserError` if one does not fit the context"
     start = conversation_ids(tok, [], prompt) if chat else []
-    rows = [([*start, *tok.encode(c), tok.eos], len(start)) if chat else
+    rows = [([*start, *tok.encode(c), tok.chat.answer[1]], len(start)) if chat else
             _continuation(tok, prompt, c) for c in choices]
     longest, context = max((len(ids) for ids, _ in rows), default=0), model.cfg.context
     check(longest - 1 <= context, f'prompt and choice have {longest} tokens, but the model reads '

@@ -45,5 +45,8 @@ from .hub import (
     to_transformers as to_transformers,
     from_transformers as from_transformers,
     save_model as save_model,
+    read_shape as read_shape,
     load_model as load_model,
+    model_folder as model_folder,
+    weights_sha256 as weights_sha256,
 )

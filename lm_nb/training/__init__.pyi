@@ -79,6 +79,7 @@ from .run import (
     run_lock as run_lock,
     differing as differing,
     TextShards as TextShards,
+    base_tokenizer as base_tokenizer,
     Run as Run,
 )
 from .sft import (

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 from ..core import (
     UserError, check, compose, config_texts, nearest, notice, part_keys, parts, pick_device,
-    pick_dtype, read_foreign_json, read_json, root, worker_count)
+    pick_dtype, read_json, root, worker_count)
 from ..data.sources import split_sources
 from ..data.cleaning import CleanConfig
 from ..data.tokenizer import TokenizerConfig
 from ..data.prepare import DataConfig
 from ..model.gpt import GPT, GPTConfig
-from ..model.hub import _from_config
+from ..model.hub import model_folder, read_shape
 from .optim import resolve_defaults
 from .loop import Ranks, Runtime, TrainConfig, next_token_loss
 
@@ -184,7 +184,7 @@ def _bounded(recipe):
 
 # %% ../../nbs/4_training/06_recipe.ipynb #dcaab7a5
 def _compose(name, texts):
-    "The recipe that these texts make, its open values filled in"
+    "The recipe that these texts make"
     said = {key: text for key, text, _ in texts}  # what was said last counts
     _load_plugins(said.get('plugins', ''))
     for known in ('pretrain', 'sft'): _import_stage(known)  # a misspelt name gets a hint
@@ -194,7 +194,10 @@ def _compose(name, texts):
     check(len(set(outputs)) == len(stages),
           f'stages = {" ".join(names)}: each needs an output of its '
           f'own; they leave {" ".join(outputs)}')
-    recipe = compose(Recipe, name, texts, {s.name: s.config for s in stages})
+    return compose(Recipe, name, texts, {s.name: s.config for s in stages})
+
+def _filled(recipe):
+    "The recipe with the values that are computed from others"
     filled = {n: resolve_defaults(c, recipe.model, c.tokens) for n, c in recipe.configs.items()}
     return _bounded(replace(recipe, configs=filled))
 
@@ -209,11 +212,17 @@ def _in_files(r): return r.data.text != 'microworld' # is the text somebody's ow
 def _records(r): return r.data.instructions or not _in_files(r)
 
 # %% ../../nbs/4_training/06_recipe.ipynb #808f5424
+def _base_shape(recipe): # of the model that a recipe starts from, or None
+    base = recipe.data.base
+    path = model_folder(base, weights=False)/'config.json' if base else None
+    if path is None or not path.is_file(): return None
+    try: return read_shape(path)
+    except UserError as e: raise UserError(f'base = {base}: {e}') from None
+
 def _unlike_base(key, recipe, model):
     "Whether the base model, if there is one, has another value"
-    path = Path(recipe.data.base)/'config.json'
-    if not recipe.data.base or not path.is_file(): return False
-    return getattr(_from_config(read_foreign_json(path)), key) != getattr(model, key)
+    shape = _base_shape(recipe)
+    return shape is not None and getattr(shape, key) != getattr(model, key)
 
 # %% ../../nbs/4_training/06_recipe.ipynb #35fbf9c4
 _NO_EFFECT = {  # {part: rules}; '' are the training stages
@@ -294,6 +303,14 @@ def _refuse_idle(recipe, texts):
         if by == 'stages' and key != 'replay': notice(words)
         else: raise UserError(f'{words}; leave it out')
 
+# %% ../../nbs/4_training/06_recipe.ipynb #5f3aaf93
+def _with_base(recipe):
+    "The recipe with the shape of the model that it starts from, if there is one"
+    shape, own = _base_shape(recipe), recipe.model
+    if shape is None: return recipe
+    shape = replace(shape, context=own.context, recompute=own.recompute)
+    return replace(recipe, model=shape)
+
 # %% ../../nbs/4_training/06_recipe.ipynb #909a3902
 def load_recipe(
     name:str, # a section of settings.ini
@@ -305,6 +322,7 @@ def load_recipe(
     texts = config_texts(name, overrides, path)
     recipe = _compose(name, texts)
     _refuse_idle(recipe, texts)
+    recipe = _filled(_with_base(recipe))
     for cfg in recipe.configs.values():
         device = pick_device(cfg.device)
         if cfg.dtype != 'auto': pick_dtype(device, cfg.dtype)
@@ -346,4 +364,4 @@ def resume_recipe(
     values = _flatten(recipe.as_dict())
     texts += [(k, _as_text(v), 'recipe.json') for k, v in values.items() if k != 'name']
     texts += [(*o.partition('=')[::2], 'command line') for o in overrides]
-    return _compose(recipe.name, texts)
+    return _filled(_compose(recipe.name, texts))

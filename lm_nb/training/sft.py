@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..core import read_json, sha256, write_lines
+from ..core import read_json, write_lines
 from ..data.sources import Report
 from ..data.survey import count_scripts
 from ..data.tokenizer import Tokenizer
@@ -21,6 +21,7 @@ from ..data.shards import IGNORE, Shards
 from ..data.instructions import needed_context
 from ..data.packing import ReplayBatches, SFTBatches, sft_eval_batches
 from ..model.gpt import GPT
+from ..model.hub import weights_sha256
 from ..inference.chat import answer
 from ..inference.evaluate import evaluation, exact_match, heldout, tally
 from .loop import Ranks
@@ -168,7 +169,7 @@ def sft_feed(
     ranks:Ranks = Ranks(),
 ) -> Feed:
     "Feed instruction records to a stage, and watch the held-out ones"
-    start = sha256(run.folder_before(stage)/'model.safetensors')  # no base model: say so first
+    start = weights_sha256(run.folder_before(stage))  # no base model: say so first
     tok, context, batches = run.tokenizer, run.recipe.model.context, _sft_batches(run, stage, ranks)
     packed, valid = run.packed, None
     if 'valid' in packed:

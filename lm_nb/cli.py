@@ -150,12 +150,14 @@ def _run(name, pairs):
     """RECIPE|FOLDER [key=value …]: the whole job: data, then each stage and its measurements. What
     is done already is kept, and a run that has begun needs no keys. lm-nb recipe RECIPE shows
     them"""
-    from lm_nb.workbook import announce, report, run_all
+    from lm_nb.workbook import announce, fill_cards, report, run_all
     run = _open(name, pairs)
     if not _begun(run.folder):
         run.check_sources()  # what is wrong with them shows at once
         for line in announce(run.recipe): notice(line)
-    print(report(run_all(run, log=notice), run.folder))
+    results = run_all(run, log=notice)
+    fill_cards(run, results)
+    print(report(results, run.folder))
 
 # %% ../nbs/cli.ipynb #573e1689
 def _tokenizer(name, pairs):

@@ -44,7 +44,6 @@ from .gpt import (
 from .hub import (
     to_transformers as to_transformers,
     from_transformers as from_transformers,
-    write_card as write_card,
     save_model as save_model,
     load_model as load_model,
 )

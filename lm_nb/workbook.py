@@ -306,10 +306,11 @@ def _named(sources): # as a card may show them
 
 def _taught(results, stages):
     "A row a stage: how it was trained, and where its losses ended"
-    rows = [[name, f'{cfg["tokens"]:,}', f'{cfg["batch_tokens"]:,}', f'{cfg["lr"]:.2g}',
-             cfg['optimizer'], *(f'{end[k]:.3f}' if k in end else '' for k in ('loss', 'valid_loss')),
-             end['dtype']] for name in stages
-            for cfg, end in [(results['recipe'][name], results[name])]]
+    def row(name, cfg, end):
+        losses = [f'{end[k]:.3f}' if k in end else '' for k in ('loss', 'valid_loss')]
+        return [name, f'{cfg["tokens"]:,}', f'{cfg["batch_tokens"]:,}', f'{cfg["lr"]:.2g}',
+                cfg['optimizer'], *losses, end['dtype']]
+    rows = [row(name, results['recipe'][name], results[name]) for name in stages]
     return Table(['stage', 'tokens', 'a batch', 'learning rate', 'optimizer', 'loss',
                   'held-out loss', 'dtype'], rows)
 

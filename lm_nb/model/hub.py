@@ -355,7 +355,7 @@ def save_model(
         write_json(tmp/'tokenizer.json', _tokenizer_json(tok))
         parse = chat and gpt.cfg.arch == 'qwen3'
         write_json(tmp/'tokenizer_config.json', _tokenizer_config(tok, context, parse))
-        (tmp/'chat_template.jinja').write_text(_TEMPLATE, encoding='utf-8')
+        if chat: (tmp/'chat_template.jinja').write_text(_TEMPLATE, encoding='utf-8')
         write_manifest(tmp)
         (tmp/'README.md').write_text(_card(folder.name, gpt, tok, chat), encoding='utf-8')
     return folder

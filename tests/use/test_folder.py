@@ -171,6 +171,7 @@ def test_a_card_is_for_people_to_edit_and_the_rest_is_not(tmp_path, trained, tok
 def test_a_base_model_has_no_answer_to_find(tmp_path, trained, tok):
     folder = save_model(tmp_path/'m', trained('qwen3'), tok, chat=False)
     assert 'response_template' not in read_json(folder/'tokenizer_config.json')
+    assert not (folder/'chat_template.jinja').exists()
     assert 'continues texts' in (folder/'README.md').read_text()
     pipe = transformers.pipeline('text-generation', str(folder))
     assert '</s>' not in pipe('What')[0]['generated_text']

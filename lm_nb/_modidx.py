@@ -2125,6 +2125,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'lm_nb.use.export._add_shape': ('6_use/export.html#_add_shape', 'lm_nb/use/export.py'),
                                   'lm_nb.use.export._add_tensors': ('6_use/export.html#_add_tensors', 'lm_nb/use/export.py'),
                                   'lm_nb.use.export._add_tokenizer': ('6_use/export.html#_add_tokenizer', 'lm_nb/use/export.py'),
+                                  'lm_nb.use.export._answers': ('6_use/export.html#_answers', 'lm_nb/use/export.py'),
                                   'lm_nb.use.export._called': ('6_use/export.html#_called', 'lm_nb/use/export.py'),
                                   'lm_nb.use.export._check_bpe': ('6_use/export.html#_check_bpe', 'lm_nb/use/export.py'),
                                   'lm_nb.use.export._check_quant': ('6_use/export.html#_check_quant', 'lm_nb/use/export.py'),

@@ -234,6 +234,13 @@ def _called(folder): # runs/micro/chat -> micro-chat
     return f'{folder.parent.name}-{folder.name}' if (folder.parent/'recipe.json').exists() \
         else folder.name
 
+def _answers(folder):
+    "Whether a folder says how a conversation is laid out; old folders of ours could not"
+    check((folder/'generation_config.json').exists(), f'{folder}: an older lm_nb wrote it, which '
+          'did not note whether it answers; save it again with  save_model(FOLDER, model, '
+          'tokenizer, chat=True)')
+    return (folder/'chat_template.jinja').exists()
+
 def _write_ollama(path, gpt, tok, quant, chat):
     file = write_gguf(path.with_name(f'{path.stem}-{quant}.gguf'), gpt, tok, quant, chat)
     with _new_file(path) as tmp:
@@ -254,8 +261,8 @@ def export_model(
     check(form != 'onnx' or quant is None, 'onnx knows no quant=; it holds float32')
     gpt, tok = load_model(folder)
     base = Path(out or folder.resolve().parent/'export')/_called(folder)
-    chat, quant = (folder/'chat_template.jinja').exists(), quant or 'f16'
     if form == 'onnx': return [write_onnx(base.with_name(f'{base.name}.onnx'), gpt)]
+    chat, quant = _answers(folder), quant or 'f16'
     if form == 'ollama':
         return _write_ollama(base.with_name(f'{base.name}.Modelfile'), gpt, tok, quant, chat)
     return [write_gguf(base.with_name(f'{base.name}-{quant}.gguf'), gpt, tok, quant, chat)]

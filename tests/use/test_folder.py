@@ -48,9 +48,8 @@ def test_the_same_ids(tmp_path, kind):
     apart = [score(a) - score(b) for a, b in zip(rows, wanted) if a != b]
     if kind == 'bpe': assert same == len(rows)
     else: assert same > .995*len(rows) and all(abs(d) < 1e-3 for d in apart), 'more than ties'
-    name = dict(bpe='BPE', unigram='unigram (the rest are ties)')[kind]
-    record('transformers', f'ids of texts, {name}', same, len(rows))
-    record('transformers', f'texts that come back, {name.split()[0]}', len(rows), len(rows))
+    record('transformers', f'ids of texts, {kind}', same, len(rows))
+    record('transformers', f'texts that come back, {kind}', len(rows), len(rows))
 
 
 def test_a_text_opens_with_bos(both, tok):

@@ -30,6 +30,7 @@ _USAGE = '''lm-nb COMMAND RECIPE [key=value …]
   choice     ask a model published test files: MMLU, C-Eval, HellaSwag, ARC, GSM8K
   generate   let a model continue a text
   chat       talk to the fine-tuned model
+  export     write a model for llama.cpp, Ollama or ONNX
   recipe     show all keys of a recipe
   init       put a settings.ini of one's own into this folder
   plan       what a run will take: parameters, memory, hours
@@ -151,12 +152,14 @@ def _run(name, pairs):
     """RECIPE|FOLDER [key=value …]: the whole job: data, then each stage and its measurements. What
     is done already is kept, and a run that has begun needs no keys. lm-nb recipe RECIPE shows
     them"""
-    from lm_nb.workbook import announce, report, run_all
+    from lm_nb.workbook import announce, fill_cards, report, run_all
     run = _open(name, pairs)
     if not _begun(run.folder):
         run.check_sources()  # what is wrong with them shows at once
         for line in announce(run.recipe): notice(line)
-    print(report(run_all(run, log=notice), run.folder))
+    results = run_all(run, log=notice)
+    fill_cards(run, results)
+    print(report(results, run.folder))
 
 # %% ../nbs/cli.ipynb #573e1689
 def _tokenizer(name, pairs):
@@ -307,20 +310,26 @@ def _run_folder(name, pairs):
     return run
 
 # %% ../nbs/cli.ipynb #11829ec8
-def _model(name, run, device='auto', wanted=None, chat=False):
-    """A model of a run and its tokenizer: the one that is wanted, else one that answers, or
-    continues"""
-    from lm_nb.core import pick_device
-    from lm_nb.model.hub import load_model
+def _find_model(name, run, wanted=None, chat=None):
+    """The folder of a model of a run: the one that is wanted, else the last, of those that answer
+    or of those that continue if that is said"""
     from lm_nb.training.recipe import find_stage, recorded_recipe
     names = recorded_recipe(run).stage_names if (run/'recipe.json').exists() else []
-    outputs = [s.output for s in map(find_stage, names) if s.chat == chat]
+    outputs = [s.output for s in map(find_stage, names) if chat in (None, s.chat)]
     there = [run/o for o in ([wanted] if wanted else outputs) if (run/o).exists()]
     todo = f'run  lm-nb run {name}  first'
     if chat and names and not (wanted or outputs):
         todo = 'it has learned from text alone; lm-nb generate lets it go on with a text'
-    check(there, f'{run}: no {wanted or ("chat" if chat else "base")} model here; {todo}')
-    return load_model(there[-1], pick_device(device))
+    kind = wanted or {True: 'chat', False: 'base', None: 'finished'}[chat]
+    check(there, f'{run}: no {kind} model here; {todo}')
+    return there[-1]
+
+def _model(name, run, device='auto', wanted=None, chat=False):
+    "A model of a run, as from `_find_model`, and its tokenizer"
+    from lm_nb.core import pick_device
+    from lm_nb.model.hub import load_model
+    return load_model(_find_model(name, run, wanted, chat), pick_device(device))
+
 
 # %% ../nbs/cli.ipynb #316b3968
 def _tested_model(name, own):
@@ -514,6 +523,21 @@ def _chat(name, pairs):
     with suppress(EOFError):
         for text in _questions(): _reply(chat, records, text)
 
+# %% ../nbs/cli.ipynb #712fcd5d
+def _export(words, pairs):
+    """RECIPE|FOLDER gguf|ollama|onnx [quant=f32|f16|q8_0] [model=base|chat] [out=FOLDER]: write a
+    model as other programs read it: llama.cpp, Ollama (the same and a Modelfile), ONNX runtimes"""
+    from lm_nb.use.export import export_model
+    check(len(words) == 2, f'lm-nb export: a model and a format are wanted, as in  lm-nb export '
+          f'{words[0]} gguf')
+    name, form = words
+    folder, wanted = Path(name), pairs.pop('model', None)
+    if not (folder/'config.json').is_file():
+        folder = _find_model(name, _run_folder(name, pairs), wanted)
+    keys = _keys(None, pairs, quant=str, out=str)
+    for path in export_model(folder, form, **keys): print(path)
+
+
 # %% ../nbs/cli.ipynb #d2aeaf2e
 def _docs(cls):
     "{field: the comment behind it}"
@@ -678,13 +702,13 @@ def _board(names, pairs):
         while True: time.sleep(3600)
 
 # %% ../nbs/cli.ipynb #dd0aa1c9
-_TAKE_NAMES = 'corpus', 'shards'  # several, or a recipe
+_TAKE_NAMES = 'corpus', 'shards', 'export'  # several, or a recipe
 _TAKE_NO_RECIPE = 'board', 'bench', 'init', 'sweep'
 _COMMANDS: dict[str, Callable] = dict(
     run=_run, corpus=_corpus, tokenizer=_tokenizer, shards=_shards,
     pretrain=partial(_train, 'pretrain'), sft=partial(_train, 'sft'), evaluate=_evaluate,
-    choice=_choice, generate=_generate, chat=_chat, recipe=_recipe, plan=_plan, profile=_profile,
-    fetch=_fetch, board=_board, sweep=_sweep, bench=_bench, init=_init)
+    choice=_choice, generate=_generate, chat=_chat, export=_export, recipe=_recipe, plan=_plan,
+    profile=_profile, fetch=_fetch, board=_board, sweep=_sweep, bench=_bench, init=_init)
 
 # %% ../nbs/cli.ipynb #9a026701
 def _more_stages(name, pairs):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'evaluate_stage', 'run_all', 'announce', 'results_table', 'plot_results', 'plot_progress', 'measured_on',
-           'report']
+           'fill_cards', 'report']
 
 # %% ../nbs/workbook.ipynb #2be4f113
 import math, os, shlex, time
@@ -16,9 +16,11 @@ from typing import Any
 import torch
 
 from .core import (
-    Table, UserError, pick_device, provenance, read_json, recipe_names, root, write_json)
+    Table, UserError, atomic, pick_device, provenance, read_json, recipe_names, root, write_json)
+from .data.sources import split_sources
 from .data.tokenizer import Tokenizer
 from .model.gpt import GPT
+from .model.hub import _UNMEASURED
 from .inference.chat import answer
 from .inference.evaluate import evaluation, evaluations, exact_match, plot_scores
 from .inference.facts import facts_table
@@ -295,6 +297,60 @@ def measured_on(
             f'attention {how("attention")}, torch {on["torch"]}, Python {on["python"]}, '
             f'lm_nb {on.get("lm_nb", "0.1.0")}, commit {on.get("commit") or "not recorded"}, '
             f'{on["date"]}')
+
+# %% ../nbs/workbook.ipynb #a364ab34
+def _named(sources): # as a card may show them
+    "Sources without the folders that they lie in"
+    def one(s): return s if s.startswith('hf:') or '/' not in s else Path(s).name
+    return ', '.join(f'`{one(str(s))}`' for s in split_sources(sources)) if sources else 'none'
+
+def _taught(results, stages):
+    "A row a stage: how it was trained, and where its losses ended"
+    def row(name, cfg, end):
+        losses = [f'{end[k]:.3f}' if k in end else '' for k in ('loss', 'valid_loss')]
+        return [name, f'{cfg["tokens"]:,}', f'{cfg["batch_tokens"]:,}', f'{cfg["lr"]:.2g}',
+                cfg['optimizer'], *losses, end['dtype']]
+    rows = [row(name, results['recipe'][name], results[name]) for name in stages]
+    return Table(['stage', 'tokens', 'a batch', 'learning rate', 'optimizer', 'loss',
+                  'held-out loss', 'dtype'], rows)
+
+
+# %% ../nbs/workbook.ipynb #9a3f7c11
+def _card_text(
+    results:dict[str, Any], # what results.json holds
+    output:str, # the model that the card is of
+    stages:Sequence[str], # that made it
+) -> str: # Markdown
+    "What a run knows of one of its models"
+    recipe, tables = results['recipe'], [_taught(results, stages), results_table(results)]
+    data, measures = recipe['data'], results.get(output, {})
+    if 'facts' in measures: tables.append(facts_table(measures['facts']))
+    held = {k: m for k in ('heldout', 'heldout_answers') if (m := measures.get(k))}
+    lines = [f'{"Held-out answers" if "_" in k else "Held-out text"}: loss '
+             f'{m["loss"]:.3f} nats a token over {m["targets"]:,} tokens' for k, m in held.items()]
+    asked = data['instructions'] or ('microworld' if data['text'] == 'microworld' else '')
+    read = (f'Texts: {_named(data["text"])}. Questions with answers: {_named(asked)}. '
+            f'Recipe `{recipe["name"]}`, seed {recipe["seed"]}.')
+    shown = [t._repr_markdown_() for t in tables if t.rows]
+    return '\n\n'.join(['## Data, recipe and results', read, *shown[:1], *lines, *shown[1:],
+                        f'Measured on: {measured_on(results)}.'])
+
+
+# %% ../nbs/workbook.ipynb #959853a0
+def fill_cards(
+    run:Run, # that has been measured
+    results:dict[str, Any], # what its results.json holds
+) -> None:
+    "Put data, recipe and results into the cards of a run's models, where they are still missing"
+    names = run.recipe.stage_names
+    for i, name in enumerate(names):
+        output = find_stage(name).output
+        card = run.folder/output/'README.md'
+        text = card.read_text(encoding='utf-8') if card.exists() else ''
+        if _UNMEASURED not in text: continue
+        text = text.replace(_UNMEASURED, _card_text(results, output, names[:i + 1]))
+        with atomic(card) as tmp: tmp.write_text(text, encoding='utf-8')
+
 
 # %% ../nbs/workbook.ipynb #0d0100b3
 def _dialogue(d):

@@ -9,7 +9,7 @@ __all__ = ['to_transformers', 'from_transformers', 'save_model', 'read_shape', '
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-import hashlib, re
+import hashlib, re, shutil
 from typing import Any
 
 import torch
@@ -57,10 +57,10 @@ def _their_name(
 def _to_config(c):
     "`config.json` of transformers for this shape"
     both = dict(vocab_size=c.vocab_size, tie_word_embeddings=c.tie, initializer_range=0.02,
-                bos_token_id=None, eos_token_id=None)
+                bos_token_id=None, eos_token_id=None, dtype='float32')
     gpt2 = dict(
         model_type='gpt2', architectures=['GPT2LMHeadModel'], n_positions=c.context,
-        n_embd=c.d_model, n_layer=c.n_layer, n_head=c.n_head, n_inner=c.ff_size,
+        n_ctx=c.context, n_embd=c.d_model, n_layer=c.n_layer, n_head=c.n_head, n_inner=c.ff_size,
         activation_function='gelu_new', layer_norm_epsilon=c.norm_eps,
         resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout)
     qwen3 = dict(
@@ -182,6 +182,14 @@ def _bpe_json(pieces):
                 merges=[cut for cut in cuts if words.issuperset(cut)])
 
 # %% ../../nbs/2_model/03_hub.ipynb #9f4c9764
+def _bos_first(tok):
+    "Every text opens with `bos`, unless asked otherwise; a pair is two texts"
+    def part(name): return [dict(SpecialToken=dict(id='<s>', type_id=0)),
+                            dict(Sequence=dict(id=name, type_id=0))]
+    bos = dict(id='<s>', ids=[tok.bos], tokens=['<s>'])
+    return dict(type='TemplateProcessing', single=part('A'), pair=part('A') + part('B'),
+                special_tokens={'<s>': bos})
+
 def _tokenizer_json(tok:Tokenizer) -> dict[str, Any]:
     "The contents of a `tokenizer.json`: the same ids, and the same text back"
     kind, pieces = _pieces(tok)
@@ -192,18 +200,131 @@ def _tokenizer_json(tok:Tokenizer) -> dict[str, Any]:
         names = '|'.join(re.escape(name[1:]) for name, _, text in pieces if not text)
         before = dict(type='Split', pattern=dict(Regex=f'<(?={names})'), behavior='Isolated',
                       invert=False)
+    added = [dict(id=i, content=pieces[i][0], special=True, single_word=False, lstrip=False,
+                  rstrip=False, normalized=False) for i in range(tok.user + 1)]
     back = [dict(type='ByteFallback'), dict(type='Fuse')]
-    return dict(version='1.0', truncation=None, padding=None, added_tokens=[], normalizer=None,
-                pre_tokenizer=before, post_processor=None, model=model,
+    return dict(version='1.0', truncation=None, padding=None, added_tokens=added, normalizer=None,
+                pre_tokenizer=before, post_processor=_bos_first(tok), model=model,
                 decoder=dict(type='Sequence', decoders=back))
 
+
+# %% ../../nbs/2_model/03_hub.ipynb #214c51d8
+_TEMPLATE = '''\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message.role == 'system' and loop.first -%}{{- '<|system|>' + message.content -}}
+{%- elif message.role == 'user' -%}{{- '<|user|>' + message.content -}}
+{%- elif message.role == 'assistant' -%}
+{%- generation -%}{{- bos_token + message.content + eos_token -}}{%- endgeneration -%}
+{%- else -%}{{- raise_exception('a ' + message.role + ' message cannot stand here') -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- bos_token -}}{%- endif -%}
+'''
+
+
+# %% ../../nbs/2_model/03_hub.ipynb #85eda1f8
+def _stops(tok): return [tok.eos, tok.pad, tok.bos, tok.system, tok.user]
+
+def _generation_config(tok, context):
+    "The contents of a `generation_config.json`: the best token each time, until an answer ends"
+    return dict(bos_token_id=tok.bos, eos_token_id=_stops(tok), pad_token_id=tok.pad,
+                do_sample=False, max_length=context)
+
+
 # %% ../../nbs/2_model/03_hub.ipynb #f8026e01
-def _tokenizer_config(tok:Tokenizer) -> dict[str, Any]:
-    "The contents of a `tokenizer_config.json`. Text that spells a control symbol stays text"
-    named = {f'{name}_token': tok.model.id_to_piece(getattr(tok, name))
-             for name in ('pad', 'unk', 'bos', 'eos')}
+def _tokenizer_config(
+    tok:Tokenizer,
+    context:int, # most tokens that the model reads
+    parse:bool, # whether to say where an answer is in what was generated
+) -> dict[str, Any]:
+    "The contents of a `tokenizer_config.json`"
+    name = tok.model.id_to_piece
+    named:dict = {f'{what}_token': name(getattr(tok, what))
+                  for what in ('pad', 'unk', 'bos', 'eos')}
+    if parse: named['response_template'] = dict(
+        defaults=dict(role='assistant'), start_anchor=name(tok.bos),
+        fields=dict(content=dict(close=[name(i) for i in _stops(tok)], content='text',
+                                 content_args=dict(strip=False))))
     return dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False,
-                split_special_tokens=True, **named)
+                extra_special_tokens=[name(tok.system), name(tok.user)], padding_side='left',
+                model_input_names=['input_ids', 'attention_mask'], model_max_length=context,
+                **named)
+
+
+# %% ../../nbs/2_model/03_hub.ipynb #a6d5bb42
+_CARD = '''\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [lm_nb]
+---
+# {name}
+
+{about}
+
+## Use
+
+```python
+from transformers import pipeline
+write = pipeline('text-generation', {name!r})
+{use}
+```
+
+```python
+from lm_nb import load_model, {ours}
+model, tokenizer = load_model({name!r})
+{our_use}
+```
+
+**Text from outside.** In `lm_nb` no text can spell a control symbol: `<s>` in a question is three
+letters. Other programs read markers out of text unless they are asked not to: with `transformers`,
+`tokenizer(text, split_special_tokens=True)` keeps a text what it is. A chat template writes markers
+as text, so it cannot tell them from those in a question: cut `{markers}` out of
+questions from people you do not know.
+
+## Limits
+
+It reads at most {context:,} tokens, knows what stood in its training text and nothing else, and
+states what is false as readily as what is true. It was not taught to refuse anything.
+
+## Licence
+
+None is chosen here. Whoever passes the model on names one (`license:` at the top of this file) that
+the licences of its training text allow.
+'''
+
+
+# %% ../../nbs/2_model/03_hub.ipynb #54727293
+_ASKED = dict(
+    use="write([{'role': 'user', 'content': '…'}])[0]['generated_text'][-1]['content']",
+    ours='Chat', our_use="Chat(model, tokenizer).ask('…')")
+_CONTINUED = dict(
+    use="write('…')[0]['generated_text']", ours='generate',
+    our_use="""import torch
+ids = torch.tensor([[tokenizer.bos, *tokenizer.encode('…')]])
+tokenizer.decode(generate(model, ids, 50)[0])""")
+
+
+# %% ../../nbs/2_model/03_hub.ipynb #78cc0e35
+_UNMEASURED = '*What it was trained on and how good it is has not been filled in yet.*'
+
+def _card(
+    name:str, # of the model
+    gpt:GPT, # the model
+    tok:Tokenizer, # its tokenizer
+    chat:bool, # whether it answers, or continues texts
+) -> str: # Markdown
+    "A model card without measurements"
+    what, c = 'answers questions' if chat else 'continues texts', gpt.cfg
+    shape = (f'A language model of {gpt.n_params():,} parameters that {what}: {c.n_layer} layers '
+             f'of width {c.d_model} in the shape of {dict(gpt2="GPT-2", qwen3="Qwen3")[c.arch]}, '
+             f'{len(tok):,} tokens, trained with `lm_nb`'
+             f'{" from a published model"*isinstance(tok, ByteLevelTokenizer)}.')
+    marks = ' '.join(map(tok.piece, sorted({*tok.controls, tok.unk})))
+    return _CARD.format(name=name, about=f'{shape}\n\n{_UNMEASURED}', context=c.context,
+                        markers=marks, **(_ASKED if chat else _CONTINUED))
+
 
 # %% ../../nbs/2_model/03_hub.ipynb #27b3a250
 def _distinct(state):
@@ -215,13 +336,31 @@ def _distinct(state):
         seen.add(at)
     return out
 
+# %% ../../nbs/2_model/03_hub.ipynb #0a76a420
+def _save_tokenizer(
+    folder:Path,
+    tok:Tokenizer,
+    cfg:GPTConfig, # of its model
+    chat:bool, # whether that answers
+) -> None:
+    "Write the files that a tokenizer came with; of ours, those that other programs read as well"
+    if isinstance(tok, ByteLevelTokenizer): return tok.save(folder)
+    tok.save(folder/'tokenizer.model')
+    parse = chat and cfg.arch == 'qwen3'
+    made = dict(tokenizer_note=_tokenizer_note(tok), tokenizer=_tokenizer_json(tok),
+                tokenizer_config=_tokenizer_config(tok, cfg.context, parse),
+                generation_config=_generation_config(tok, cfg.context))
+    for name, content in made.items(): write_json(folder/f'{name}.json', content)
+    if chat: (folder/'chat_template.jinja').write_text(_TEMPLATE, encoding='utf-8')
+
 # %% ../../nbs/2_model/03_hub.ipynb #f4652849
 def save_model(
     folder:str|Path, # to appear; replaced if it holds a model that this function wrote
     gpt:GPT, # the bare model
     tok:Tokenizer, # its tokenizer
+    chat:bool=True, # whether it answers, or continues texts
 ) -> Path: # the folder
-    "Write `config.json`, `model.safetensors` and the tokenizer's files, with a manifest"
+    "Write weights, tokenizer and settings as other programs read them, a manifest and a card"
     folder = Path(folder)
     check(not folder.exists() or (folder/'manifest.json').is_file(), f'{folder}: exists already '
           'and is not a model written here; choose another folder')
@@ -230,13 +369,10 @@ def save_model(
     with replacing(folder) as tmp:
         write_json(tmp/'config.json', config | ids)
         save_file(_distinct(state), tmp/'model.safetensors', metadata={'format': 'pt'})
-        if isinstance(tok, ByteLevelTokenizer): tok.save(tmp)  # the files that it came with
-        else:
-            tok.save(tmp/'tokenizer.model')
-            write_json(tmp/'tokenizer_note.json', _tokenizer_note(tok))
-            write_json(tmp/'tokenizer.json', _tokenizer_json(tok))
-            write_json(tmp/'tokenizer_config.json', _tokenizer_config(tok))
+        shutil.copymode(tmp/'config.json', tmp/'model.safetensors')  # else nobody else may read it
+        _save_tokenizer(tmp, tok, gpt.cfg, chat)
         write_manifest(tmp)
+        (tmp/'README.md').write_text(_card(folder.name, gpt, tok, chat), encoding='utf-8')
     return folder
 
 # %% ../../nbs/2_model/03_hub.ipynb #8033a90c

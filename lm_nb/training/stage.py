@@ -293,7 +293,7 @@ def run_stage(
         gpt = unwrap(gpt, ranks)
         if ranks.first and not (run.folder/stage.output).exists():
             _show(feed, gpt, folder, recipe.configs[name].steps)
-            save_model(run.folder/stage.output, gpt, run.tokenizer)
+            save_model(run.folder/stage.output, gpt, run.tokenizer, stage.chat)
     return gpt.eval()
 
 # %% ../../nbs/4_training/08_stage.ipynb #f10084e2

@@ -1,0 +1,6 @@
+# Written by tools/export.py from what the modules of this part export.
+from .export import (
+    write_gguf as write_gguf,
+    write_onnx as write_onnx,
+    export_model as export_model,
+)

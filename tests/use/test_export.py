@@ -19,7 +19,7 @@ from lm_nb.training.recipe import load_recipe
 from lm_nb.training.run import Run
 from lm_nb.use.export import export_model, write_gguf
 
-from conftest import FACTS
+from taught import FACTS
 from foreign import record, texts
 
 ARCHS = 'qwen3', 'gpt2'

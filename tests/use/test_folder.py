@@ -13,7 +13,7 @@ from lm_nb.inference.sampling import generate
 from lm_nb.model.gpt import GPT, GPTConfig
 from lm_nb.model.hub import load_model, save_model
 
-from conftest import FACTS
+from taught import FACTS
 from foreign import microworld, record, texts
 
 transformers = pytest.importorskip('transformers')

@@ -1,0 +1,14 @@
+# Written by tools/export.py from what the modules of this part export.
+from .serve import (
+    Token as Token,
+    Row as Row,
+    Busy as Busy,
+    Engine as Engine,
+    Refused as Refused,
+    Served as Served,
+    ServeConfig as ServeConfig,
+    make_app as make_app,
+    serve_models as serve_models,
+    serving as serving,
+    find_models as find_models,
+)

@@ -202,8 +202,7 @@ class _Queue:
             self.rows += [(name, r) for r in rows]
             self.change.notify()
 
-    # fits(rows) -> whether there is room
-    def take(self, name:str, fits:Callable = len) -> list[Row]:
+    def take(self, name:str, fits:Callable = len) -> list[Row]: # fits(rows) -> whether there is room
         "The first rows for a model, as many as fit"
         with self.change:
             mine = [r for n, r in self.rows if n == name and not r.gone]
@@ -921,12 +920,12 @@ def serving(
         opened.server.should_exit = True
         thread.join()
 
-# %% ../../nbs/6_use/02_serve.ipynb #4502026b
+# %% ../../nbs/6_use/02_serve.ipynb #ba7dbbc7
 def _taught(run:Path, tok) -> dict:
     "What a run's records say of its chat model"
     try: train, valid = (Packed(run/'packed'/part, tok) for part in ('train', 'valid'))
     except UserError: return {}
-    return dict(examples=example_prompts(tok, valid, 4), system=saw_system_text(tok, train),
+    return dict(examples=example_prompts(tok, valid, 12), system=saw_system_text(tok, train),
                 turns=train.index['answers'] > train.index['examples'])
 
 def _has_template(folder:Path) -> bool:

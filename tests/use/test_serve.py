@@ -1,6 +1,6 @@
 """`lm_nb.use.serve` asked by the official client, by lm-evaluation-harness, and by whoever sends
 what is no request"""
-import gc, json, os, random, re, signal, socket, subprocess, sys, time
+import gc, json, os, re, signal, socket, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -13,41 +13,24 @@ from lm_nb.core import UserError
 from lm_nb.data.tokenizer import Tokenizer
 from lm_nb.inference.chat import Chat, answer, stop_ids
 from lm_nb.inference.sampling import generate_batch, stream
-from lm_nb.model.gpt import GPT, GPTConfig
 from lm_nb.model.hub import save_model
 from lm_nb.use import serve as serving_module
-from lm_nb.use.serve import ServeConfig, Served, find_models, serving
+from lm_nb.use.serve import ServeConfig, find_models, serving
 
 for name in ('starlette', 'uvicorn', 'openai', 'httpx'): pytest.importorskip(name)
 import httpx, openai  # noqa: E402
 from openai import OpenAI  # noqa: E402
-
-TEXTS = ['The river is green today.', '河今天是绿色的。', 'Hello, traveller! 🙂', '雪🙂 and ice',
-         'a\tb\n\nc', '谢春宁的家乡在哪里？', 'Mind the mud.', 'What colour is the river?',
-         '<|user|></s>', ' ']
-ASKS = [f'{a}\n{b}' for a in TEXTS for b in TEXTS[:2]]  # twenty
+from serve_load import (  # noqa: E402
+    ASKS, HI, MALFORMED, PATHS, TEXT, TEXTS, both, load, malformed, network, post, resident, says,
+    streamed, together)
 
 
 @pytest.fixture(scope='module')
 def tok(): return Tokenizer.train(TEXTS * 4, 300)
 
 
-def network(tok, arch, context=160, seed=0):
-    "Random, with weights that make choices differ; its texts have broken characters in them"
-    torch.manual_seed(seed)
-    shape = dict(arch=arch, context=context, n_layer=2, n_head=2, d_model=32, zero_init=False)
-    gpt = GPT(GPTConfig(vocab_size=len(tok), **shape))
-    with torch.no_grad():
-        for p in gpt.parameters():
-            if p.ndim == 2: p.mul_(8)
-    return gpt.eval()
-
-
 @pytest.fixture(scope='module', params=['gpt2', 'qwen3'])
 def gpt(request, tok): return network(tok, request.param)
-
-
-def both(gpt, tok): return [Served('m/base', gpt, tok, False), Served('m/chat', gpt, tok, True)]
 
 
 @pytest.fixture(scope='module')
@@ -59,17 +42,6 @@ def url(gpt, tok):
 def client(url):
     with OpenAI(base_url=f'{url}/v1', api_key='-', max_retries=0) as client: yield client
 
-
-def says(text): return [dict(role='user', content=text)]
-
-
-def together(ask, many, workers=20):
-    with ThreadPoolExecutor(workers) as pool: return list(pool.map(ask, many))
-
-
-def streamed(client, **how):
-    chunks = client.chat.completions.create(stream=True, **how)
-    return ''.join(c.choices[0].delta.content or '' for c in chunks)
 
 # the same answers
 
@@ -223,53 +195,6 @@ def test_the_harness_scores_through_the_address_as_we_do(url, gpt, tok, tmp_path
 
 
 # what is no request
-
-def post(url, body, path='/v1/chat/completions', **headers):
-    "Status and JSON of whatever is sent"
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    said = httpx.post(url + path, content=content, headers=headers, timeout=30)
-    return said.status_code, said.json()
-
-
-HI = dict(model='m/chat', messages=says('Hi'), max_tokens=2)
-TEXT = dict(model='m/base', prompt='Hi', max_tokens=2)
-DEEP = b'{"messages":' + b'[' * 100_000
-MALFORMED = [  # what is sent, where to, and what the answer has to speak of
-    (b'', 'c', 'JSON'), (b'{', 'c', 'JSON'), (b'\xff\xfe\x00', 'c', 'JSON'), (DEEP, 'c', 'JSON'),
-    (b'{"n": ' + b'9' * 5000 + b'}', 'c', 'JSON'), (b'[]', 'c', 'object'), (b'null', 'c', 'object'),
-    (b'3', 'c', 'object'), ({**HI, 'messages': []}, 'c', 'messages'),
-    ({**HI, 'messages': 'Hi'}, 'c', 'messages'), ({**HI, 'messages': [3]}, 'c', 'messages'),
-    ({**HI, 'messages': [{'role': 'user'}]}, 'c', 'content'),
-    ({**HI, 'messages': [{'role': 'pope', 'content': 'Hi'}]}, 'c', 'pope'),
-    ({**HI, 'messages': [{'role': ['user'], 'content': 'Hi'}]}, 'c', 'role'),
-    ({**HI, 'messages': [*says('Hi'), {'role': 'assistant', 'content': 'Hi'}]}, 'c', 'user last'),
-    ({**HI, 'messages': says([{'type': 'image_url', 'image_url': 'x'}])}, 'c', 'text'),
-    ({**HI, 'messages': says('\ud800')}, 'c', 'surrogate'), ({**HI, 'n': 0}, 'c', 'n = 0'),
-    ({**HI, 'n': 10**9}, 'c', 'n = '), ({**HI, 'n': True}, 'c', 'whole number'),
-    ({**HI, 'temperature': 'hot'}, 'c', 'temperature'), ({**HI, 'temperature': -1}, 'c', '-1'),
-    (json.dumps({**HI, 'temperature': float('nan')}).encode(), 'c', 'temperature'),
-    ({**HI, 'temperature': 1e400}, 'c', 'temperature'), ({**HI, 'seed': 2**70}, 'c', 'seed'),
-    ({**HI, 'stop': {'a': 1}}, 'c', 'stop'), ({**HI, 'stop': ['x'] * 99}, 'c', 'stop'),
-    ({**HI, 'max_tokens': 0}, 'c', 'max_tokens'), ({**HI, 'logprobs': 3}, 'c', 'logprobs'),
-    ({**HI, 'top_logprobs': 99, 'logprobs': True}, 'c', 'top_logprobs'),
-    ({**HI, 'temprature': 1}, 'c', "'temperature'"), ({**HI, 'tools': [{}]}, 'c', 'tools'),
-    ({**HI, 'stream_options': 3}, 'c', 'stream_options'), ({**HI, 'model': 3}, 'c', 'model'),
-    ({**HI, 'model': 'm/base'}, 'c', '/v1/completions'),
-    ({**HI, 'messages': says('x' * 999)}, 'c', '160'),
-    ({**TEXT, 'prompt': None}, 't', 'prompt'), ({**TEXT, 'prompt': [[]]}, 't', 'prompt'),
-    ({**TEXT, 'prompt': [999]}, 't', '999'), ({**TEXT, 'prompt': [-1]}, 't', '-1'),
-    ({**TEXT, 'prompt': [1.5]}, 't', 'prompt'), ({**TEXT, 'prompt': ['x'] * 999}, 't', '999'),
-    ({**TEXT, 'prompt': 'x' * 999}, 't', 'shorten'), ({**TEXT, 'suffix': '!'}, 't', 'suffix')]
-PATHS = dict(c='/v1/chat/completions', t='/v1/completions')
-
-
-def malformed(url, which):
-    body, where, words = MALFORMED[which]
-    status, said = post(url, body, PATHS[where])
-    error = said['error']
-    assert status == 400 and words in error['message'] and error['type'] == 'invalid_request_error'
-    assert set(error) == {'message', 'type', 'param', 'code'} and '\n' not in error['message']
-
 
 @pytest.mark.parametrize('which', range(len(MALFORMED)))
 def test_a_mistake_is_answered_in_a_line(url, which, capfd):
@@ -435,37 +360,6 @@ def test_a_fault_of_the_model_is_one_answer_and_not_the_end(gpt, tok, monkeypatc
         assert post(url, HI)[0] == 200
     err = capfd.readouterr().err
     assert 'out of memory' in err and 'Traceback' not in err
-
-
-def resident():
-    "Bytes of this process in memory"
-    return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-
-
-def load(url, gpt, tok, clients, seconds):
-    "Many ask for a while, among them who knows no manners; every answer is checked. Gives counts"
-    want = {text: answer(gpt, tok, text, 40) for text in ASKS}
-    counts, end = dict(right=0, malformed=0, left=0), time.monotonic() + seconds
-    def one(n):
-        rng, client = random.Random(n), OpenAI(base_url=f'{url}/v1', api_key='-', max_retries=0)
-        while time.monotonic() < end:
-            text, kind = rng.choice(ASKS), rng.random()
-            how = dict(model='m/chat', messages=says(text), max_tokens=40)
-            if kind < .1:
-                malformed(url, rng.randrange(len(MALFORMED)))
-                counts['malformed'] += 1
-            elif kind < .2:
-                with client.chat.completions.create(stream=True, **how) as said:
-                    next(iter(said), None)
-                counts['left'] += 1
-            else:
-                got = streamed(client, **how) if kind < .6 else \
-                    client.chat.completions.create(**how).choices[0].message.content
-                assert got == want[text], (text, got)
-                counts['right'] += 1
-        client.close()
-    together(one, range(clients), clients)
-    return counts
 
 
 @pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='memory is read from /proc')

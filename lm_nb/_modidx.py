@@ -2141,6 +2141,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'lm_nb.use.serve._ChatForm.token': ('6_use/serve.html#_chatform.token', 'lm_nb/use/serve.py'),
                                  'lm_nb.use.serve._ChatForm.whole': ('6_use/serve.html#_chatform.whole', 'lm_nb/use/serve.py'),
                                  'lm_nb.use.serve._Group': ('6_use/serve.html#_group', 'lm_nb/use/serve.py'),
+                                 'lm_nb.use.serve._Group.going': ('6_use/serve.html#_group.going', 'lm_nb/use/serve.py'),
                                  'lm_nb.use.serve._Opened': ('6_use/serve.html#_opened', 'lm_nb/use/serve.py'),
                                  'lm_nb.use.serve._Prompt': ('6_use/serve.html#_prompt', 'lm_nb/use/serve.py'),
                                  'lm_nb.use.serve._Queue': ('6_use/serve.html#_queue', 'lm_nb/use/serve.py'),

@@ -1,5 +1,6 @@
 "A browser without a window, driven through its DevTools protocol"
 import json
+import re
 import shutil
 import subprocess
 import tempfile
@@ -11,6 +12,11 @@ NAMES = 'chromium', 'chromium-browser', 'google-chrome', 'chrome'
 
 
 def find_browser(): return next(filter(None, map(shutil.which, NAMES)), None)
+
+
+def browser_version():
+    said = subprocess.run([find_browser(), '--version'], capture_output=True, text=True).stdout
+    return re.search(r'[\d.]+', said)[0]
 
 
 class Browser:

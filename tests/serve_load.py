@@ -2,14 +2,15 @@
 
     python tests/serve_load.py [clients=64] [seconds=60]     writes nbs/6_use/results/serve.json
 """
-import json, os, random, re, signal, subprocess, sys, tempfile, threading, time
+import datetime, json, os, random, re, signal, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import httpx, torch
 from openai import OpenAI
 
-from lm_nb.core import provenance, write_json
+from lm_nb.core import provenance, read_json, write_json
 from lm_nb.data.tokenizer import Tokenizer
 from lm_nb.inference.chat import answer
 from lm_nb.model.gpt import GPT, GPTConfig
@@ -126,6 +127,16 @@ def load(url, gpt, tok, clients, seconds):
     return counts
 
 
+def record(package, program, what, equal, number=None):
+    "Write down what was compared with a program, if LM_NB_RECORD asks for it"
+    if not os.environ.get('LM_NB_RECORD'): return
+    path = HOME/'nbs'/'6_use'/'results'/f'{package}.json'
+    was = read_json(path) if path.exists() else {}
+    rows = {row[0]: row for row in was.get('compared', [])} | {what: [what, sum(equal), len(equal)]}
+    write_json(path, dict(program=program, version=number or version(package),
+                          compared=[*rows.values()], date=f'{datetime.date.today()}'))
+
+
 # --- the whole thing, with the server in a process of its own
 
 def server_process(folder):
@@ -161,7 +172,7 @@ def watched(pid, stop, every=1):
     return out
 
 
-def record(clients=64, seconds=60):
+def ask_for(clients=64, seconds=60):
     "Ask for so long, and write what came of it"
     tok = Tokenizer.train(TEXTS * 4, 300)
     shape = dict(context=512, n_layer=4, n_head=4, d_model=128, d_ff=320, tie=False)
@@ -169,7 +180,7 @@ def record(clients=64, seconds=60):
     with tempfile.TemporaryDirectory() as tmp, ThreadPoolExecutor(1) as pool:
         server, url = server_process(save_model(Path(tmp)/'m', gpt, tok))
         rates = {n: throughput(url, n) for n in (1, 2, 4, 8, 16, 32)}
-        load(url, gpt, tok, clients, 5)
+        load(url, gpt, tok, clients, 20)  # until all has been needed once
         memory = pool.submit(watched, server.pid, stop)
         counts = load(url, gpt, tok, clients, seconds)
         stop.set()
@@ -184,4 +195,4 @@ def record(clients=64, seconds=60):
         parameters=gpt.n_params(), hardware=provenance()))
 
 
-if __name__ == '__main__': record(**{k: int(v) for k, v in (a.split('=') for a in sys.argv[1:])})
+if __name__ == '__main__': ask_for(**{k: int(v) for k, v in (a.split('=') for a in sys.argv[1:])})

@@ -120,12 +120,16 @@ def _advance(
         _tell(row, _scored(logits[i:i+1], [id], row.top)[0] if wants else Token(id))
     return new
 
-# %% ../../nbs/6_use/02_serve.ipynb #379cc1af
+# %% ../../nbs/6_use/02_serve.ipynb #240b10b6
 class _Group(NamedTuple):
     "Rows that are continued together"
     rows:list[Row]
     cache:KVCache # what they have read; all end at its last column
     last:Tensor # (B,), the newest token of each, not read yet
+    age:int = 0 # steps since rows moved
+
+    @property
+    def going(self) -> list[Row]: return [r for r in self.rows if not r.ended]
 
 # %% ../../nbs/6_use/02_serve.ipynb #234ae509
 def _score_prompt(gpt, row, states, piece=256):
@@ -152,16 +156,16 @@ def _read(gpt:GPT, rows:list[Row]) -> _Group:
             row.ended = True
     return _Group(rows, cache, _advance(rows, gpt.head(h[:, -1])))
 
-# %% ../../nbs/6_use/02_serve.ipynb #85e13535
+# %% ../../nbs/6_use/02_serve.ipynb #25e96fa9
 def _step(gpt:GPT, group:_Group) -> _Group:
     "Read the newest token of each row, and choose the next"
     context = gpt.cfg.context
     pos = torch.tensor([[min(r.n_read, context - 1)] for r in group.rows], device=group.last.device)
     logits = gpt(group.last[:, None], pos=pos, cache=group.cache)[:, -1]
-    return group._replace(last=_advance(group.rows, logits))
+    return group._replace(last=_advance(group.rows, logits), age=group.age + 1)
 
-# %% ../../nbs/6_use/02_serve.ipynb #afc41be7
-def _merge(cfg, groups:Iterable[_Group], room=256) -> _Group|None:
+# %% ../../nbs/6_use/02_serve.ipynb #26e87d90
+def _merge(cfg, groups:Iterable[_Group], room=64) -> _Group|None:
     "One group of all rows that go on, with room for some more tokens; none if all have ended"
     going = [(g, [i for i, r in enumerate(g.rows) if not r.ended]) for g in groups]
     going = [(g, at) for g, at in going if at]
@@ -179,10 +183,10 @@ def _merge(cfg, groups:Iterable[_Group], room=256) -> _Group|None:
     cache.length, cache.masked = n, min(sizes) < n
     return _Group(rows, cache, torch.cat([g.last[at] for g, at in going]))
 
-# %% ../../nbs/6_use/02_serve.ipynb #80b17085
+# %% ../../nbs/6_use/02_serve.ipynb #d6576fda
 def _untidy(group:_Group) -> bool:
     "Whether rows should move: no column is left, or half of the work is for nothing"
-    going, cache = [r.n_read for r in group.rows if not r.ended], group.cache
+    going, cache = [r.n_read for r in group.going], group.cache
     return (2*len(going) <= len(group.rows) or cache.length >= cache.max_len
             or cache.length > 2*max(going) + 64)
 
@@ -219,16 +223,17 @@ class _Queue:
             self.closed = True
             self.change.notify()
 
-# %% ../../nbs/6_use/02_serve.ipynb #a6efbdf6
+# %% ../../nbs/6_use/02_serve.ipynb #12f64fff
 class Engine:
     "A thread that continues rows for all who ask; several models take turns"
     def __init__(self,
         models:dict[str, GPT], # by name
         batch:int = 32, # most rows of a model at a time
         queue:int = 128, # most rows that wait
-        tokens:int = 2**16, # most tokens that several rows of a model may come to together
+        tokens:int = 2**16, # rows join while all that are read come to fewer tokens than this
+        patience:int = 8, # steps between two times that rows join, if many are continued
     ):
-        self.models, self.batch, self.tokens = models, batch, tokens
+        self.models, self.batch, self.tokens, self.patience = models, batch, tokens, patience
         self.groups:dict[str, _Group|None] = dict.fromkeys(models)
         self.queue = _Queue(queue)
         for gpt in models.values(): gpt.eval()
@@ -251,14 +256,15 @@ class Engine:
         for name in self.models: self._fail(name, self.queue.take(name), 'the server is stopping')
 
     def _fits(self, rows): # besides those that are continued already
-        most = max(len(r.ids) + r.max_new for r in rows)
+        most = max(r.n_read + min(r.max_new - len(r.new), 1024) for r in rows)
         return len(rows) == 1 or len(rows) <= self.batch and len(rows) * most <= self.tokens
 
     def _turn(self, name):
         "Let who waits join, and all take a step"
-        group = self.groups[name]
-        going = [r for r in group.rows if not r.ended] if group else []
-        new = self.queue.take(name, lambda rows: self._fits(going + rows))
+        group, new = self.groups[name], []
+        going = group.going if group else []
+        if not group or group.age >= min(self.patience, len(going)):
+            new = self.queue.take(name, lambda rows: self._fits(going + rows))
         try: self.groups[name] = _continued(self.models[name], group, new)
         except Exception as e:  # out of memory, perhaps: these rows are lost, the next are not
             notice(f'{name}: {type(e).__name__}: {" ".join(str(e).split())[:200]}')
@@ -321,13 +327,19 @@ class _Text:
         self.given = max(self.given, end)
         return piece, out, stopped
 
-# %% ../../nbs/6_use/02_serve.ipynb #fd83ed8a
+# %% ../../nbs/6_use/02_serve.ipynb #e0c86a40
+_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)] # stand for themselves
+_ALPHABET = {chr(b): b for b in _VISIBLE} | {
+    chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in _VISIBLE)}
+
 def _spell(tok, id:int) -> tuple[str, bytes]:
-    "A token as text, and as bytes"
-    piece = tok.model.id_to_piece(id)
-    if tok.model.is_byte(id): return f'bytes:\\x{piece[3:5].lower()}', bytes([int(piece[3:5], 16)])
-    text = tok.decode([id]) or piece  # a control symbol has a name only
-    return text, text.encode()
+    "A token as text, and as bytes; `bytes:\\xe9` where it is no text by itself"
+    text, name = tok.decode([id]), getattr(tok.model, 'id_to_piece', None) or tok.model.id_to_token
+    if '\ufffd' not in text: return text or name(id), (text or name(id)).encode()
+    piece, raw = name(id), text.encode()
+    if len(piece) == 6 and piece.startswith('<0x'): raw = bytes([int(piece[3:5], 16)])
+    elif set(piece) <= set(_ALPHABET): raw = bytes(_ALPHABET[c] for c in piece)
+    return 'bytes:' + ''.join(f'\\x{b:02x}' for b in raw), raw
 
 # %% ../../nbs/6_use/02_serve.ipynb #defe2087
 class Refused(Exception):
@@ -477,7 +489,7 @@ class _Ask:
     stream:bool
     usage:bool # whether the stream ends with the number of tokens
 
-# %% ../../nbs/6_use/02_serve.ipynb #715949c6
+# %% ../../nbs/6_use/02_serve.ipynb #22d3494b
 @dataclass(frozen=True)
 class ServeConfig:
     "Who may ask, and how much"
@@ -487,12 +499,13 @@ class ServeConfig:
     cors:str|None = None # the origin of a web page elsewhere that may ask, as https://example.org
     batch:int = 32 # rows that are continued together, at most
     queue:int = 128 # rows that may wait; who comes then is told to try again
+    tokens:int = 2**16 # rows join while all that are read come to fewer tokens: memory
     body:int = 2**20 # bytes of a request, at most
     max_tokens:int|None = None # of an answer, at most; none: the context
 
     def __post_init__(self):
         check(0 <= self.port < 2**16, f'port = {self.port}: expected 0 to 65535')
-        for key in ('batch', 'queue', 'body'):
+        for key in ('batch', 'queue', 'tokens', 'body'):
             check(getattr(self, key) > 0, f'{key} = {getattr(self, key)}: expected 1 or more')
         check(self.max_tokens is None or self.max_tokens > 0, 'max_tokens: expected 1 or more')
         check(self.api_key is None or self.api_key, 'api_key: is empty; leave it out or choose one')
@@ -693,7 +706,7 @@ async def _stream(reply:_Reply) -> Any: # yields bytes
         yield f'data: {json.dumps(last, ensure_ascii=False)}\n\n'.encode()
     yield b'data: [DONE]\n\n'
 
-# %% ../../nbs/6_use/02_serve.ipynb #9b7be50c
+# %% ../../nbs/6_use/02_serve.ipynb #6779ccbc
 def _host_of(netloc:str) -> str:
     try: return urlsplit(f'//{netloc}').hostname or ''
     except ValueError: return ''
@@ -704,7 +717,7 @@ def _check_client(headers, config:ServeConfig, key:bool=True) -> None:
     if config.local and _host_of(host) not in ('127.0.0.1', 'localhost', '::1'):
         raise Refused(f"this server answers to 127.0.0.1 and localhost, not to '{host[:60]}'; "
                       'host=0.0.0.0 lets others ask', 403, code='forbidden_host')
-    if origin and origin != config.cors and urlsplit(origin).netloc != host:
+    if origin and origin != config.cors and origin.split('//')[-1] != host:
         raise Refused('web pages from elsewhere may not ask; cors=ORIGIN lets one', 403,
                       code='forbidden_origin')
     if not (key and config.api_key): return
@@ -859,7 +872,7 @@ def _listen(config:ServeConfig) -> socket.socket:
         todo = f'; choose another port, as in port={config.port + 1}' if config.port else ''
         raise UserError(f'{where}: {e.strerror or e}{todo}') from None
 
-# %% ../../nbs/6_use/02_serve.ipynb #f58f88a8
+# %% ../../nbs/6_use/02_serve.ipynb #870638db
 class _Opened(NamedTuple):
     "A server that may be run"
     server:Any # of uvicorn
@@ -872,7 +885,8 @@ def _open(served:Iterable[Served], config:ServeConfig, sampling:SampleConfig) ->
     _, uvicorn = _starlette()
     sock = _listen(config)
     models = {m.name: m for m in served}
-    engine = Engine({name: m.gpt for name, m in models.items()}, config.batch, config.queue)
+    engine = Engine({name: m.gpt for name, m in models.items()}, config.batch, config.queue,
+                    config.tokens)
     app = make_app(models, engine, config, sampling)
     how = dict(log_level='critical', access_log=False, lifespan='off', server_header=False,
                timeout_graceful_shutdown=3)

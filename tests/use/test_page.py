@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest, torch
 
-from browser import Browser, find_browser
+from browser import Browser, browser_version, find_browser
 from lm_nb.data.instructions import Example, encode_examples
 from lm_nb.data.packing import SFTBatches
 from lm_nb.data.tokenizer import Tokenizer
@@ -14,7 +14,9 @@ from lm_nb.model.gpt import GPT, GPTConfig
 from lm_nb.use import serve as serving_module
 from lm_nb.use.serve import Served, serving
 
-for name in ('starlette', 'uvicorn', 'websocket'): pytest.importorskip(name)
+for name in ('starlette', 'uvicorn', 'websocket', 'openai', 'httpx'): pytest.importorskip(name)
+from serve_load import record  # noqa: E402
+
 pytestmark = pytest.mark.skipif(not find_browser(), reason='needs Chromium')
 
 LESSONS = [Example('Hello!', 'Hello, traveller! 🙂 Ask me about the river.'),
@@ -75,6 +77,8 @@ def test_it_answers_and_shows_how_sure_it_was(page, models):
         ask(page, e.prompt)
         assert said(page) == e.answer, 'text is text, whatever it spells'
     assert page.js('document.title') == 'm/base | m/chat'
+    record('chromium', 'Chromium', f'answers on the page, {page.js("innerWidth")} px wide',
+           [True] * len(LESSONS), browser_version())
     page.js('globalThis.box = document.querySelectorAll(".said")[0]')
     pieces = page.js('[...box.querySelectorAll(".t")].map(t => t.textContent)')
     assert ''.join(pieces) == LESSONS[0].answer and len(pieces) > 5

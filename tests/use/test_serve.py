@@ -21,8 +21,8 @@ for name in ('starlette', 'uvicorn', 'openai', 'httpx'): pytest.importorskip(nam
 import httpx, openai  # noqa: E402
 from openai import OpenAI  # noqa: E402
 from serve_load import (  # noqa: E402
-    ASKS, HI, MALFORMED, PATHS, TEXT, TEXTS, both, load, malformed, network, post, resident, says,
-    streamed, together)
+    ASKS, HI, MALFORMED, PATHS, TEXT, TEXTS, both, load, malformed, network, post, record,
+    resident, says, streamed, together)
 
 
 @pytest.fixture(scope='module')
@@ -49,9 +49,14 @@ def test_twenty_ask_at_once_and_get_what_each_would_get_alone(client, gpt, tok):
     want = [answer(gpt, tok, ask, 200) for ask in ASKS]
     ask = lambda text: client.chat.completions.create(
         model='m/chat', messages=says(text)).choices[0].message.content
-    assert together(ask, ASKS) == want and len(set(want)) > 15
+    whole = together(ask, ASKS)
+    assert whole == want and len(set(want)) > 15
     ask = lambda text: streamed(client, model='m/chat', messages=says(text))
-    assert together(ask, ASKS) == want
+    parts = together(ask, ASKS)
+    assert parts == want
+    for how, got in (('whole', whole), ('streamed', parts)):
+        record('openai', 'openai', f'answers to twenty at once, {how}, {gpt.cfg.arch}',
+               [a == b for a, b in zip(got, want)])
 
 
 def test_a_conversation_is_that_of_chat(client, gpt, tok):
@@ -92,7 +97,10 @@ def test_a_seed_gives_the_same_answer_whoever_else_asks(client, gpt, tok):
         return client.completions.create(model='m/base', prompt=TEXTS[n % 10], max_tokens=60,
                                          **how).choices[0].text
     want = [alone(n) for n in range(20)]
-    assert together(ask, range(20)) == want
+    got = together(ask, range(20))
+    assert got == want
+    record('openai', 'openai', f'answers drawn with a seed, {gpt.cfg.arch}',
+           [a == b for a, b in zip(got, want)])
     assert [ask(n) for n in range(4)] == want[:4]
     several = client.completions.create(model='m/base', prompt=TEXTS[3], max_tokens=60, n=4,
                                         seed=3, temperature=1.3,
@@ -118,6 +126,7 @@ def test_stop_strings_are_never_given_out(client, gpt, tok):
         return said.message.content, said.finish_reason, streamed(client, **how)
     for stop, (text, end, pieces) in zip(stops, together(ask, stops)):
         assert text == pieces == whole.split(stop)[0] and end == 'stop', stop
+    record('openai', 'openai', f'answers cut at a stop string, {gpt.cfg.arch}', [True]*len(stops))
 
 
 def test_reasons_and_counts(client, gpt, tok):
@@ -171,10 +180,11 @@ def test_tokens_of_a_chat_spell_its_answer(client, gpt, tok):
 
 
 def log_likelihood(gpt, before, after):
-    "Of ids behind others, in nats"
+    "Of ids behind others, in nats, and whether each is the most probable one"
     with torch.inference_mode(): logits = gpt(torch.tensor([before + after])).float()[0]
     logp = logits[len(before)-1 : -1].log_softmax(-1)
-    return logp.gather(-1, torch.tensor(after)[:, None]).sum().item()
+    p = logp.gather(-1, torch.tensor(after)[:, None])[:, 0]
+    return p.sum().item(), bool((p == logp.amax(-1)).all())
 
 
 def test_the_harness_scores_through_the_address_as_we_do(url, gpt, tok, tmp_path):
@@ -190,8 +200,13 @@ def test_the_harness_scores_through_the_address_as_we_do(url, gpt, tok, tmp_path
         lm = LocalCompletionsAPI(base_url=f'{url}/v1/completions', model='m/base', batch_size=4,
                                  tokenizer=str(tmp_path/'m'), tokenizer_backend='huggingface',
                                  tokenized_requests=not text, max_length=160)
-        got = [p for p, _ in lm.loglikelihood(requests, disable_tqdm=True)]
-        assert got == pytest.approx(want[len(pairs)*text:][:len(pairs)], abs=2e-3)
+        got = lm.loglikelihood(requests, disable_tqdm=True)
+        mine = want[len(pairs)*text:][:len(pairs)]
+        same = [abs(p - q) < 2e-5*max(1, abs(q)) and g == h for (p, g), (q, h) in zip(got, mine)]
+        assert all(same)
+        how = 'texts' if text else 'ids'
+        record('lm_eval', 'lm-evaluation-harness',
+               f'log-likelihoods through local-completions, {how}, {gpt.cfg.arch}', same)
 
 
 # what is no request

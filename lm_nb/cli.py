@@ -31,6 +31,7 @@ _USAGE = '''lm-nb COMMAND RECIPE [key=value …]
   generate   let a model continue a text
   chat       talk to the fine-tuned model
   export     write a model for llama.cpp, Ollama or ONNX
+  serve      let other programs ask the models, and a person at a page
   recipe     show all keys of a recipe
   init       put a settings.ini of one's own into this folder
   plan       what a run will take: parameters, memory, hours
@@ -538,6 +539,22 @@ def _export(words, pairs):
     for path in export_model(folder, form, **keys): print(path)
 
 
+# %% ../nbs/cli.ipynb #00bd8236
+def _serve(name, pairs):
+    """RECIPE|FOLDER [port=8000] [host=127.0.0.1] [api_key=…] [cors=ORIGIN] [max_tokens=…]
+    [temperature=…] […]: let programs that speak OpenAI's protocol ask the models of a run, or the
+    one in a model folder, and a person at a page; until Ctrl-C. LM_NB_API_KEY is a key, too"""
+    from lm_nb.inference.sampling import SampleConfig
+    from lm_nb.use.serve import ServeConfig, find_models, serve_models
+    folder = Path(name)
+    if not (folder/'config.json').is_file(): folder = _run_folder(name, pairs)
+    device, kinds = pairs.pop('device', 'auto'), part_keys(ServeConfig)
+    keys = _keys(SampleConfig, pairs, **kinds)
+    own = {k: keys.pop(k) for k in kinds if k in keys}
+    if key := os.environ.get('LM_NB_API_KEY'): own.setdefault('api_key', key)
+    serve_models(find_models(folder, device), ServeConfig(**own), SampleConfig(**keys),
+                 say=partial(print, flush=True))
+
 # %% ../nbs/cli.ipynb #d2aeaf2e
 def _docs(cls):
     "{field: the comment behind it}"
@@ -707,8 +724,9 @@ _TAKE_NO_RECIPE = 'board', 'bench', 'init', 'sweep'
 _COMMANDS: dict[str, Callable] = dict(
     run=_run, corpus=_corpus, tokenizer=_tokenizer, shards=_shards,
     pretrain=partial(_train, 'pretrain'), sft=partial(_train, 'sft'), evaluate=_evaluate,
-    choice=_choice, generate=_generate, chat=_chat, export=_export, recipe=_recipe, plan=_plan,
-    profile=_profile, fetch=_fetch, board=_board, sweep=_sweep, bench=_bench, init=_init)
+    choice=_choice, generate=_generate, chat=_chat, export=_export, serve=_serve,
+    recipe=_recipe, plan=_plan, profile=_profile, fetch=_fetch, board=_board, sweep=_sweep,
+    bench=_bench, init=_init)
 
 # %% ../nbs/cli.ipynb #9a026701
 def _more_stages(name, pairs):

@@ -349,8 +349,8 @@ def _plain_template(end): # as for `_plain_format`
             "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}")
 
 # %% ../../nbs/1_data/09_tokenizer.ipynb #df23e4cc
-_FILES = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja', 'generation_config.json',
-          'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt')
+_FILES = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja',
+          'generation_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt')
 
 def _table(files, name): # of a JSON file, or an empty one
     try: table = json.loads(files.get(name, b'{}'))
@@ -376,7 +376,8 @@ def _open_json(
                         'pip install tokenizers') from None
     try: model = Fast.from_str(source.decode())
     except Exception as e: # it raises nothing more special
-        raise UserError(f'tokenizer.json cannot be read: {" ".join(str(e).split())[:200]}') from None
+        why = ' '.join(str(e).split())[:200]
+        raise UserError(f'tokenizer.json cannot be read: {why}') from None
     model.no_truncation()
     model.no_padding()
     return model
@@ -403,7 +404,7 @@ def _format_of(
     end:str, # what separates documents
     special:Iterable[str], # special tokens
 ) -> ChatFormat: # as texts
-    "How a published model lays out conversations; `UserError` if the template is none that is known"
+    "How a published model lays out conversations; `UserError` if its template is not known"
     template, forms = _template_in(files), [_plain_format(end)]
     if template is None: return forms[0]
     if {'<|im_start|>', '<|im_end|>'}.issubset(special): forms.insert(0, _CHATML)
@@ -504,8 +505,8 @@ def load_tokenizer(
     "The tokenizer of a model folder; `UserError` names what is missing, damaged or foreign"
     folder = Path(folder)
     if (folder/'tokenizer.model').exists(): return Tokenizer.load(folder/'tokenizer.model')
-    check((folder/'tokenizer.json').exists(), f'{folder}: has no tokenizer; put the tokenizer.model '
-          'or tokenizer.json of this model there')
+    check((folder/'tokenizer.json').exists(), f'{folder}: has no tokenizer; put the '
+          'tokenizer.model or tokenizer.json of this model there')
     return ByteLevelTokenizer.load(folder)
 
 # %% ../../nbs/1_data/09_tokenizer.ipynb #65b53c1a

@@ -119,7 +119,8 @@ _READERS = dict(gpt2=_from_gpt2, qwen3=_from_qwen3)
 def _from_config(c):
     "The shape in a `config.json`, refusing what this model would compute differently"
     kind = c.get('model_type')
-    check(kind in _READERS, f'config.json: model_type = {str(kind)[:40]}: only gpt2 and qwen3 can be read; '
+    check(kind in _READERS, f'config.json: model_type = {str(kind)[:40]}: only gpt2 and qwen3 '
+          'can be read; '
           'choose such a model')
     try: return _READERS[kind](c)
     except KeyError as e: raise UserError(f'config.json of a {kind} model has no {e}') from None
@@ -136,7 +137,7 @@ def from_transformers(
     "Read a `GPT2LMHeadModel` or `Qwen3ForCausalLM`; `UserError` for a part that this model has not"
     cfg = _from_config(config)
     gpt, used = GPT(cfg), {'lm_head.weight'} if cfg.tie else set()
-    first = r'^(?!transformer\.|lm_head\.)' if cfg.arch == 'gpt2' else 'none' # a bare model lacks it
+    first = r'^(?!transformer\.|lm_head\.)' if cfg.arch == 'gpt2' else 'none' # bare: lacks it
     names = {re.sub(first, 'transformer.', name): name for name in state}
     for name, ours in gpt.state_dict().items():
         theirs, third, transposed = _their_name(cfg.arch, name)

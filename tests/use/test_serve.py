@@ -400,7 +400,8 @@ def run(*argv, **env):
 
 @pytest.fixture(scope='module')
 def folder(tok, tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp('run')/'base', network(tok, 'qwen3', 512), tok)
+    return save_model(tmp_path_factory.mktemp('run')/'base', network(tok, 'qwen3', 512), tok,
+                      chat=False)
 
 
 def test_ctrl_c_ends_it_with_someone_reading(folder):

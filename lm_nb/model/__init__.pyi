@@ -47,3 +47,16 @@ from .hub import (
     save_model as save_model,
     load_model as load_model,
 )
+from .lora import (
+    LoRALinear as LoRALinear,
+    lora_targets as lora_targets,
+    lora_layers as lora_layers,
+    add_lora as add_lora,
+    merge_lora as merge_lora,
+    n_trained as n_trained,
+    meta_copy as meta_copy,
+    to_peft as to_peft,
+    save_adapter as save_adapter,
+    load_adapter as load_adapter,
+    load_adapted as load_adapted,
+)

@@ -1618,6 +1618,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'lm_nb.model.lora.LoRALinear.__init__': ('2_model/lora.html#loralinear.__init__', 'lm_nb/model/lora.py'),
                                   'lm_nb.model.lora.LoRALinear.forward': ('2_model/lora.html#loralinear.forward', 'lm_nb/model/lora.py'),
                                   'lm_nb.model.lora.LoRALinear.merged': ('2_model/lora.html#loralinear.merged', 'lm_nb/model/lora.py'),
+                                  'lm_nb.model.lora._about': ('2_model/lora.html#_about', 'lm_nb/model/lora.py'),
                                   'lm_nb.model.lora._base_of': ('2_model/lora.html#_base_of', 'lm_nb/model/lora.py'),
                                   'lm_nb.model.lora._check_peft': ('2_model/lora.html#_check_peft', 'lm_nb/model/lora.py'),
                                   'lm_nb.model.lora._every_layer': ('2_model/lora.html#_every_layer', 'lm_nb/model/lora.py'),

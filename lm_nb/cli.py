@@ -306,11 +306,13 @@ def _run_folder(name, pairs):
     return run
 
 # %% ../nbs/cli.ipynb #11829ec8
-def _model(name, run, device='auto', wanted=None, chat=False):
+def _model(name, run, device='auto', wanted=None, chat=False, adapter=None):
     """A model of a run and its tokenizer: the one that is wanted, else one that answers, or
-    continues"""
+    continues. With an adapter that model, or the one that the adapter names, and the adapter"""
     from lm_nb.core import pick_device
     from lm_nb.model.hub import load_model
+    from lm_nb.model.lora import load_adapted
+    if adapter: return load_adapted(adapter, run/wanted if wanted else None, pick_device(device))
     from lm_nb.training.recipe import find_stage, recorded_recipe
     names = recorded_recipe(run).stage_names if (run/'recipe.json').exists() else []
     outputs = [s.output for s in map(find_stage, names) if s.chat == chat]
@@ -323,15 +325,16 @@ def _model(name, run, device='auto', wanted=None, chat=False):
 
 # %% ../nbs/cli.ipynb #0a1fa3ba
 def _generate(name, pairs):
-    """RECIPE prompt='…' [model=base|chat] [max_new=100] [temperature=…] [top_k=…] [top_p=…]
-    [min_p=…] [repetition_penalty=…] [seed=…]: continue a text; an empty one begins anew"""
+    """RECIPE prompt='…' [model=base|chat] [adapter=FOLDER] [max_new=100] [temperature=…]
+    [top_k=…] [top_p=…] [min_p=…] [repetition_penalty=…] [seed=…]: continue a text; an empty one
+    begins anew"""
     from lm_nb.inference.chat import stop_ids, stream_text
     from lm_nb.inference.sampling import SampleConfig, stream
     prompt, wanted = pairs.pop('prompt', None), pairs.pop('model', None)
     check(prompt is not None, "lm-nb generate: what should the model continue? prompt='…'")
     run, device = _run_folder(name, pairs), pairs.pop('device', 'auto')
-    keys = _keys(SampleConfig, pairs, max_new=int)
-    gpt, tok = _model(name, run, device, wanted)
+    adapter, keys = pairs.pop('adapter', None), _keys(SampleConfig, pairs, max_new=int)
+    gpt, tok = _model(name, run, device, wanted, adapter=adapter)
     ids, stops, context = [tok.bos, *tok.encode(prompt)], stop_ids(tok), gpt.cfg.context
     room = context + 1 - len(ids)
     max_new = keys.pop('max_new', min(100, max(1, room)))
@@ -461,16 +464,18 @@ def _reply(chat, records, text):
 
 # %% ../nbs/cli.ipynb #6ad1e024
 def _chat(name, pairs):
-    """RECIPE [system='…'] [memory=0] [max_new=256] [temperature=…] […]: talk to the fine-tuned
-    model. memory: past turns that it sees"""
+    """RECIPE [model=chat] [adapter=FOLDER] [system='…'] [memory=0] [max_new=256] [temperature=…]
+    […]: talk to the fine-tuned model, or to the one that a LoRA adapter makes. memory: past turns
+    that it sees"""
     check(sys.stdin, 'lm-nb chat: there is no standard input to read questions from')
     run, at_terminal = _run_folder(name, pairs), sys.stdin.isatty()
     if at_terminal and run.is_dir(): print(f'The chat model of {run} …', flush=True)
     from lm_nb.inference.chat import Chat
     from lm_nb.inference.sampling import SampleConfig
     device, kinds = pairs.pop('device', 'auto'), dict(system=str, memory=int | None, max_new=int)
+    wanted, adapter = pairs.pop('model', None), pairs.pop('adapter', None)
     keys = _keys(SampleConfig, pairs, **kinds)
-    gpt, tok = _model(name, run, device, chat=True)
+    gpt, tok = _model(name, run, device, wanted, chat=True, adapter=adapter)
     chat, records = Chat(gpt, tok, **{'memory': 0, **keys}), _records(run, tok)
     if at_terminal: _greet(chat, records)
     _check_system(chat, records)

@@ -7,9 +7,9 @@ __all__ = ['LoRALinear', 'lora_targets', 'lora_layers', 'add_lora', 'merge_lora'
            'save_adapter', 'load_adapter', 'load_adapted']
 
 # %% ../../nbs/2_model/05_lora.ipynb #ec7b1958
-from pathlib import Path
-from typing import Any
 import math, re
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -58,8 +58,8 @@ def lora_targets(
               and isinstance(m, nn.Linear)}
     known = dict.fromkeys(['all', *(name.rpartition('.')[2] for name in linear)])
     odd = next((word for word in on.split() if word not in known), None)
-    check(on.split() and odd is None, f'lora_on = {on}: no layer {odd or ""} in an {gpt.cfg.arch} '
-          f'model{nearest(odd or "", known)}; there are: {", ".join(known)}')
+    check(on.split() and odd is None, f'lora_on = {on}: no layer {odd or ""} in a model of '
+          f'arch = {gpt.cfg.arch}{nearest(odd or "", known)}; there are: {", ".join(known)}')
     found = [n for n in linear if 'all' in on.split() or n.rpartition('.')[2] in on.split()]
     least = min(found, key=lambda n: min(linear[n].weight.shape))
     most = min(linear[least].weight.shape)
@@ -91,9 +91,9 @@ def add_lora(
 ) -> GPT: # the same
     "Freeze a model and give it adapters that change nothing yet"
     check(not lora_layers(gpt), 'the model has adapters already; merge_lora makes them part of it')
-    g, scale = torch.Generator().manual_seed(seed), (2 * rank if alpha is None else alpha) / rank
-    learned = {}
-    for name in lora_targets(gpt, rank, on):
+    learned, g, names = {}, torch.Generator().manual_seed(seed), lora_targets(gpt, rank, on)
+    scale = (2 * rank if alpha is None else alpha) / rank
+    for name in names:
         n_out, n_in = gpt.get_submodule(name).weight.shape
         A = torch.empty(rank, n_in).uniform_(-1, 1, generator=g) / n_in**.5
         learned[name] = A, torch.zeros(n_out, rank), scale
@@ -197,16 +197,16 @@ def _check_peft(c):
                  **{key: not c.get(key) for key in _MUST_BE_OFF})
     odd = next((key for key, fine in found.items() if not fine), None)
     check(odd is None, f'{odd} = {c.get(odd)} is not supported; an adapter has to be plain LoRA')
-    names = [*(c.get('rank_pattern') or {}), *(c.get('alpha_pattern') or {})]
-    odd = next((n for n in names if not re.fullmatch(r'[\w.]+', n)), None)
-    check(odd is None, f'the pattern {odd} is not the name of a layer')
+    odd = next((n for n in c.get('alpha_pattern') or () if not re.fullmatch(r'[\w.]+', str(n))), None)
+    check(odd is None, f'alpha_pattern: {odd} is not the name of a layer')
 
 # %% ../../nbs/2_model/05_lora.ipynb #ad8720a0
 def _scale(c, name, r): # of a layer of that name and rank
     "What the product of A and B is multiplied by"
-    own = ((re.fullmatch(rf'(.*\.)?{re.escape(n)}', name), a)
-           for n, a in (c.get('alpha_pattern') or {}).items())
-    alpha = next((a for fits, a in own if fits), c.get('lora_alpha', 8))
+    own = c.get('alpha_pattern') or {}
+    check(isinstance(own, dict), f'alpha_pattern = {own}: is not a table')
+    alpha = next((a for n, a in own.items() if f'.{name}'.endswith(f'.{n}')),
+                 c.get('lora_alpha', 8))
     check(isinstance(alpha, (int, float)) and math.isfinite(alpha), f'lora_alpha = {alpha}: is not '
           'a number')
     return alpha / (math.sqrt(r) if c.get('use_rslora') else r)
@@ -248,14 +248,19 @@ def _every_layer(gpt, config, names):
           'model')
 
 # %% ../../nbs/2_model/05_lora.ipynb #68f6de47
+@contextmanager
+def _about(what):
+    "Whatever is wrong inside is said of a file or folder"
+    try: yield
+    except UserError as e: raise UserError(f'{what}: {e}') from None
+
 def _read_adapter(folder):
     check(folder.is_dir(), 'no such adapter folder')
     for name in ('adapter_config.json', 'adapter_model.safetensors'):
         check((folder/name).is_file(), f'has no {name}; an adapter of the peft library has '
               'adapter_config.json and adapter_model.safetensors')
     config = read_foreign_json(folder/'adapter_config.json')
-    try: _check_peft(config)
-    except UserError as e: raise UserError(f'adapter_config.json: {e}') from None
+    with _about('adapter_config.json'): _check_peft(config)
     return config, _stored_shapes(folder/'adapter_model.safetensors')
 
 def load_adapter(
@@ -265,7 +270,7 @@ def load_adapter(
     "Give a model the adapters of a folder; `UserError` if they were made for another"
     folder, learned = Path(folder), {}
     check(not lora_layers(gpt), 'the model has adapters already; merge_lora makes them part of it')
-    try:
+    with _about(folder):
         config, shapes = _read_adapter(folder)
         pairs = _pairs(gpt, shapes)
         _every_layer(gpt, config, pairs)
@@ -273,16 +278,16 @@ def load_adapter(
         for name, at in pairs.items():
             A, B = _thin(gpt, tensors, name, at)
             learned[name] = A, B, _scale(config, at[0], len(A))
-    except UserError as e: raise UserError(f'{folder}: {e}') from None
     return _put_on(gpt, learned)
 
 # %% ../../nbs/2_model/05_lora.ipynb #c04b4790
 def _base_of(adapter):
     "The model folder that an adapter names; `UserError` if it is not here"
-    config, _ = _read_adapter(adapter)
+    with _about(adapter): config, _ = _read_adapter(adapter)
     named = str(config.get('base_model_name_or_path') or '')
     check(named and (Path(named)/'config.json').is_file(), f'{adapter}: stands on the model '
-          f'{named or "(it names none)"}, which is no folder here; name the folder of that model')
+          f'{named or "(it names none)"}, which is no folder here; name that folder (for a command of '
+          'lm-nb with model=, one of the run\'s)')
     return Path(named)
 
 def load_adapted(

@@ -98,9 +98,11 @@ def _plan_stage(
     "The arithmetic of a stage: everything but its time"
     rows, micro, micros = _split_rows(stage, cfg.context, ranks)
     how: dict = dict(optimizer=stage.optimizer, dtype=dtype, device=device.type, micros=micros,
-                     ranks=ranks, parallel=stage.parallel, shards=stage.shard_group)
+                     ranks=ranks, parallel=stage.parallel, shards=stage.shard_group,
+                     trained=stage.n_adapted(cfg))
     tokens = stage.batch_tokens//cfg.context*cfg.context
-    flops = stage.steps*sum(step_flops(cfg, tokens, stage.optimizer).values())
+    each = step_flops(cfg, tokens, stage.optimizer, trained=how['trained'])
+    flops = stage.steps*sum(each.values())
     most = largest_rows(cfg, room, **how)
     # fewer rows mean more micro-batches, and then gradients have to wait for each other
     if most < micro: most = largest_rows(cfg, room, **how | dict(micros=2))
@@ -157,7 +159,7 @@ class StepTimer:
         self.cfg, self.rows, self.micros = cfg, micro_rows or rows, micros or n
         self.device = device or pick_device(stage.device)
         self.dtype, self.wait = pick_dtype(self.device, stage.dtype), synchronizer(self.device)
-        self.gpt = GPT(cfg).to(self.device).train()
+        self.gpt = stage.adapt(GPT(cfg)).to(self.device).train()
         made = [random_batch(cfg, self.rows, i, 3*doc_mask) for i in range(self.micros)]
         runtime = Runtime(self.device, self.dtype)
         made = runtime.pin(made)

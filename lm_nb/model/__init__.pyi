@@ -55,6 +55,7 @@ from .lora import (
     merge_lora as merge_lora,
     n_trained as n_trained,
     meta_copy as meta_copy,
+    adapter_size as adapter_size,
     to_peft as to_peft,
     save_adapter as save_adapter,
     load_adapter as load_adapter,

@@ -234,6 +234,10 @@ class OptimConfig:
         top = 1 / max(self.lr or 0, self.muon_lr or 0, 1e-9)
         each('weight_decay', lambda x: x <= top, f'expected at most {top:.4g}, 1 / rate')
 
+    def rate(self, group:str) -> float | None: # of 'matrices', 'embeddings', 'head' or 'vectors'
+        "The peak rate of a group of parameters"
+        return self.muon_lr if self.optimizer == 'muon' and group == 'matrices' else self.lr
+
 # %% ../../nbs/4_training/01_optim.ipynb #30562224
 def _copies(model):
     "The ranks that hold whole copies of a model, as a `DeviceMesh`; none if there is one copy"
@@ -249,20 +253,21 @@ def make_optimizers(
     "The optimizers that a recipe asks for. `UserError` if the recipe leaves a rate open"
     check(None not in (cfg.lr, cfg.muon_lr, cfg.weight_decay),
           'lr, muon_lr or weight_decay is open; `resolve_defaults` sets them by the model')
-    def group(name, lr):
+    def group(name):
+        lr = cfg.rate(name)
         decay = cfg.weight_decay if name in ('matrices', 'head') else 0.0
         return dict(params=params[name], name=name, lr=lr, peak_lr=lr, weight_decay=decay)
     params = {name: ps for name, ps in _param_groups(model).items() if ps}
     out: list[torch.optim.Optimizer] = []
     if cfg.optimizer == 'muon' and 'matrices' in params:
         exact = torch.float32 if getattr(cfg, 'dtype', None) == 'fp32' else None  # also here
-        groups = [group('matrices', cfg.muon_lr)]
+        groups = [group('matrices')]
         out.append(Muon(groups, momentum=cfg.momentum, dtype=exact, cautious=cfg.cautious,
                         mesh=_copies(model)))
         del params['matrices']
     fused = all(p.device.type in ('cpu', 'cuda', 'mps', 'xpu') for ps in params.values()
                 for p in ps)
-    groups, betas = [group(name, cfg.lr) for name in params], (cfg.beta1, cfg.beta2)
+    groups, betas = [group(name) for name in params], (cfg.beta1, cfg.beta2)
     return out + ([torch.optim.AdamW(groups, betas=betas, fused=fused)] if groups else [])
 
 # %% ../../nbs/4_training/01_optim.ipynb #caf5d788

@@ -24,6 +24,7 @@ from ..data.tokenizer import TokenizerConfig
 from ..data.prepare import DataConfig
 from ..model.gpt import GPT, GPTConfig
 from ..model.hub import _from_config
+from ..model.lora import adapter_size, add_lora
 from .optim import resolve_defaults
 from .loop import Ranks, Runtime, TrainConfig, next_token_loss
 
@@ -43,6 +44,7 @@ class FineTuneConfig(TrainConfig):
     "How a stage trains that starts from a trained model"
     lora_rank: int = 0       # rank of adapters that learn in place of all weights; 0: none
     lora_alpha: float | None = None  # adapters count alpha / rank; none: twice the rank
+    lora_lr: float | None = None  # peak rate of adapters; none: 0.02 by muon, 0.004 by adamw
     lora_on: str = 'all'     # layers with adapters: all of the blocks', or names: q_proj v_proj
 
     def __post_init__(self) -> None:
@@ -50,6 +52,18 @@ class FineTuneConfig(TrainConfig):
         check(self.lora_rank >= 0, f'lora_rank = {self.lora_rank}: expected 0 or more')
         check(self.lora_alpha is None or 0 < self.lora_alpha < math.inf,
               f'lora_alpha = {self.lora_alpha}: expected a number above 0')
+        check(self.lora_lr is None or 0 < self.lora_lr <= 1,
+              f'lora_lr = {self.lora_lr}: expected a number above 0 and at most 1')
+
+    def rate(self, group:str) -> float | None: # a faster one: see what fine-tuning measures
+        usual = .02 if self.optimizer == 'muon' else .004
+        return (self.lora_lr or usual) if self.lora_rank else super().rate(group)
+
+    def adapt(self, gpt:GPT, seed:int = 0) -> GPT: # the same, with adapters if they are asked for
+        if not self.lora_rank: return gpt
+        return add_lora(gpt, self.lora_rank, self.lora_alpha, self.lora_on, seed)
+    def n_adapted(self, model:GPTConfig) -> int | None:
+        return adapter_size(model, self.lora_rank, self.lora_on) if self.lora_rank else None
 
 # %% ../../nbs/4_training/06_recipe.ipynb #b6a437a4
 _TAKEN = 'corpus', 'text', 'tokenizer', 'shards', 'packed'  # folders of a run
@@ -252,8 +266,10 @@ _NO_EFFECT = {  # {part: rules}; '' are the training stages
                   'it is for schedule=wsd'),
         _NoEffect('shard_group', 'parallel', lambda r, c: c.parallel != 'hsdp',
                   'it is for parallel=hsdp'),
-        _NoEffect('lora_alpha lora_on', 'lora_rank', lambda r, c: not c.lora_rank,
-                  'no adapters are trained')]}
+        _NoEffect('lora_alpha lora_lr lora_on', 'lora_rank', lambda r, c: not c.lora_rank,
+                  'no adapters are trained'),
+        _NoEffect('lr muon_lr', 'lora_rank', lambda r, c: getattr(c, 'lora_rank', 0),
+                  'the rate of adapters is lora_lr')]}
 
 # %% ../../nbs/4_training/06_recipe.ipynb #b4356aa0
 _NO_EFFECT['data'] = [

@@ -22,7 +22,7 @@ from ..data.order import Prefetcher
 from ..model.gpt import GPT
 from ..model.fused import attention_kernel, pick_attention
 from ..model.hub import save_model
-from ..model.lora import add_lora, lora_layers, lora_targets, merge_lora, save_adapter
+from ..model.lora import lora_layers, merge_lora, save_adapter
 from ..inference.sampling import eval_mode
 from ..inference.evaluate import evaluations
 from .optim import make_optimizers
@@ -256,10 +256,9 @@ def _with_measures(feed, run, name):
     return replace(feed, validate=both) if measures else feed
 
 # %% ../../nbs/4_training/08_stage.ipynb #6c234cae
-def _check_lora(gpt, name, cfg):
+def _check_adapters(gpt, name, cfg):
     "`UserError` if the adapters that a stage's keys ask for do not fit the model"
-    if not getattr(cfg, 'lora_rank', 0): return
-    try: lora_targets(gpt, cfg.lora_rank, cfg.lora_on)
+    try: cfg.n_adapted(gpt.cfg)
     except UserError as e: raise UserError(f'{name}.{e}') from None
 
 def _frozen_sha256(gpt):
@@ -271,8 +270,8 @@ def _frozen_sha256(gpt):
 
 def _with_adapters(gpt, feed, cfg, seed):
     "The model and the feed of a stage, with the adapters that its keys ask for"
-    if not getattr(cfg, 'lora_rank', 0): return gpt, feed
-    add_lora(gpt, cfg.lora_rank, cfg.lora_alpha, cfg.lora_on, seed)
+    if cfg.n_adapted(gpt.cfg) is None: return gpt, feed
+    cfg.adapt(gpt, seed)
     return gpt, replace(feed, fingerprints=dict(feed.fingerprints, frozen=_frozen_sha256(gpt)))
 
 # %% ../../nbs/4_training/08_stage.ipynb #56d16def
@@ -282,7 +281,7 @@ def _start(stage, run, ranks):
     after = names[names.index(stage.name):] if stage.name in names else [stage.name]
     seed_all(run.recipe.seed)
     gpt = stage.start(run)
-    for name in after: _check_lora(gpt, name, run.recipe.configs[name])
+    for name in after: _check_adapters(gpt, name, run.recipe.configs[name])
     ranks.on_rank0(lambda: prepare_stages(run, after))
     feed = _with_measures(stage.feed(run, ranks), run, stage.name)
     return _with_adapters(gpt, feed, run.recipe.configs[stage.name], run.recipe.seed)

@@ -1,20 +1,19 @@
-"Adapters: what they change and what they leave, and that the peft library reads and writes the same"
+"Adapters: what they change and leave, and that the peft library reads and writes the same"
 import warnings
 from copy import deepcopy
 from dataclasses import replace
 
 import pytest, torch
 from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
 
 from lm_nb.core import UserError, read_json, write_json
 from lm_nb.data.tokenizer import Tokenizer
 from lm_nb.inference.sampling import generate
 from lm_nb.model.fused import chunked_nll, reference_ops
-from lm_nb.model.gpt import GPT, _nll
+from lm_nb.model.gpt import _nll
 from lm_nb.model.hub import save_model, to_transformers
 from lm_nb.model.lora import (
-    LoRALinear, add_lora, load_adapted, load_adapter, lora_layers, merge_lora, meta_copy, n_trained,
+    add_lora, load_adapted, load_adapter, lora_layers, merge_lora, meta_copy, n_trained,
     save_adapter)
 from lm_nb.training.optim import OptimConfig, make_optimizers
 from tiny_models import SHAPES, close_all, disturbed, targets, tokens
@@ -225,9 +224,10 @@ def test_files_that_are_missing_or_foreign(tmp_path):
     with pytest.raises(UserError, match='no such adapter folder'): load_adapter(gpt, tmp_path/'x')
     tensors = load_file(folder/'adapter_model.safetensors')
     some = {n: t for n, t in tensors.items() if 'layers.0.self_attn.q_proj.lora_B' not in n}
+    more = {**tensors, 'base_model.model.lm_head.lora_A.weight': torch.ones(4, 32)}
     for wrong, said in ((some, 'has no base_model.model.model.layers.0.self_attn.q_proj.lora_B'),
-                        ({**tensors, 'base_model.model.lm_head.lora_A.weight': torch.ones(4, 32)},
-                         'adapts base_model.model.lm_head.lora_A'), ({'x': torch.ones(2)}, 'adapts x')):
+                        (more, 'adapts base_model.model.lm_head.lora_A'),
+                        ({'x': torch.ones(2)}, 'adapts x')):
         save_file(wrong, folder/'adapter_model.safetensors')
         with pytest.raises(UserError, match=said): load_adapter(gpt, folder)
     (folder/'adapter_model.safetensors').write_bytes(b'no')

@@ -1,15 +1,13 @@
 "A stage that trains adapters: the ordinary loop, less to store, and a model folder like any other"
-import os, subprocess, sys
+import io, os, sys
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import pytest, torch
 
-import lm_nb
 from desk import furnish
 from lm_nb.cli import main
-from lm_nb.core import UserError, read_json
+from lm_nb.core import UserError, read_json, write_json
 from lm_nb.inference.chat import answer
 from lm_nb.model.hub import load_model
 from lm_nb.model.lora import load_adapted, load_adapter, merge_lora
@@ -70,7 +68,6 @@ def test_it_learns_and_only_the_adapters_are_stored(whole):
     names = stored(whole/'sft')
     assert len(names) == 2 * 2 * 7  # A and B of seven layers, each with its optimizer's mean
     assert all('.lora_' in name for name in names)
-    assert sum(len(stored(whole/s)) for s in ('pretrain',)) > len(names)
     size = lambda stage: sum(p.stat().st_size for p in (whole/stage).rglob('*.safetensors'))
     assert size('sft') < size('pretrain') / 2
 
@@ -130,7 +127,6 @@ def test_other_frozen_weights_are_noticed(at_desk, tmp_path, monkeypatch):
     with stopping(monkeypatch, 5): stages(run, *LORA, which=['sft'])
     stage = read_json(run/'sft'/'stage.json')
     assert len(stage['frozen']) == 64
-    from lm_nb.core import write_json
     write_json(run/'sft'/'stage.json', stage | dict(frozen='0' * 64))
     with pytest.raises(UserError, match='was begun with something else: frozen'):
         stages(run, *LORA, which=['sft'])
@@ -151,6 +147,8 @@ def test_a_later_stage_trains_adapters_too(at_desk, tmp_path):
     (('sft.lora_rank=33',), 'sft.lora_rank = 33: must be at least 1 and at most 32'),
     (('lora_rank=4', 'lora_on=q_prj'), "sft.lora_on = q_prj: no layer .*did you mean 'q_proj'"),
     (('sft.lora_alpha=8',), 'has no effect: no adapters are trained'),
+    (('sft.lora_rank=4', 'sft.lr=0.01'), 'no effect: the rate of adapters is lora_lr'),
+    (('sft.lora_rank=4', 'lora_lr=2'), 'lora_lr = 2'),
     (('sft.lora_rank=-1',), 'lora_rank = -1'), (('pretrain.lora_rank=4',), 'unknown key')])
 def test_what_cannot_be_is_said_before_anything_trains(at_desk, tmp_path, keys, said):
     with pytest.raises(UserError, match=said) as e:
@@ -166,8 +164,7 @@ def test_generate_and_chat_take_an_adapter(whole, at_desk, capsys, monkeypatch):
     of = lambda *words: said('generate', 'tiny', where, 'prompt=Ada came', 'max_new=9', *words)
     assert of(adapter) == of('model=chat') == of(adapter, 'model=base')
     def asked(*words):
-        import io
-        text = io.TextIOWrapper(io.BytesIO('When did Ada come?\nOakham\n'.encode()), 'utf-8')
+        text = io.TextIOWrapper(io.BytesIO(b'When did Ada come?\nOakham\n'), 'utf-8')
         monkeypatch.setattr('sys.stdin', text)
         return said('chat', 'tiny', where, 'max_new=9', *words)
     assert asked(adapter) == asked() == asked('model=chat')

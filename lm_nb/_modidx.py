@@ -1902,6 +1902,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'lm_nb/training/optim.py'),
                                       'lm_nb.training.optim.OptimConfig.rate': ( '4_training/optim.html#optimconfig.rate',
                                                                                  'lm_nb/training/optim.py'),
+                                      'lm_nb.training.optim._adapter_lr': ('4_training/optim.html#_adapter_lr', 'lm_nb/training/optim.py'),
                                       'lm_nb.training.optim._cautious_decay': ( '4_training/optim.html#_cautious_decay',
                                                                                 'lm_nb/training/optim.py'),
                                       'lm_nb.training.optim._check_values': ( '4_training/optim.html#_check_values',

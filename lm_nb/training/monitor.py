@@ -179,7 +179,7 @@ def _point(s, cfg, sums):
     "What a point says of learning: loss 0 without targets, none if all steps were skipped"
     empty, targets = sums['empty'], sums['targets']
     loss = sums['nll'] / targets if targets else 0. if empty else math.nan
-    lr = s.lr * cfg.rate('vectors')
+    lr = s.lr * (cfg.rate('vectors') or 1)
     point = dict(loss=loss, lr=lr, grad_norm=s.grad_norm.item())
     return point | (dict(empty_steps=empty) if empty else {})
 
@@ -486,7 +486,7 @@ def _write_report(folder, rank, s, cfg, documents): # what a rank knows of a ste
     report = dict(
         step=s.step, rank=rank, loss=repr(s.nll.item()), loss_of_this_rank=repr(s.local_nll.item()),
         targets=s.targets.item(), grad_norm=repr(s.grad_norm.item()),
-        lr=s.lr * cfg.rate('vectors'), documents=documents)
+        lr=s.lr * (cfg.rate('vectors') or 1), documents=documents)
     path = Path(folder)/f'bad-step-{s.step:08d}-rank-{rank}.json'
     try: write_json(path, report)
     except OSError as e: print(f'{path}: {_reason(e)}', flush=True)

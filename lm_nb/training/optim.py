@@ -187,13 +187,15 @@ class Muon(torch.optim.Optimizer):
 # %% ../../nbs/4_training/01_optim.ipynb #94f3a6e9
 def _param_groups(
     model:nn.Module, # any model whose blocks sit in an `nn.ModuleList`
-) -> dict[str, list[nn.Parameter]]: # 'matrices', 'embeddings', 'head', 'vectors'
-    "Parameters by kind: matrices in blocks, embeddings, an untied head, vectors (norms, biases)"
-    out: dict[str, list[nn.Parameter]] = dict(matrices=[], embeddings=[], head=[], vectors=[])
+) -> dict[str, list[nn.Parameter]]: # 'matrices', 'embeddings', 'head', 'vectors', 'adapters'
+    "By kind: matrices in blocks, embeddings, an untied head, vectors (norms, biases), adapters"
+    kinds = 'matrices', 'embeddings', 'head', 'vectors', 'adapters'
+    out: dict[str, list[nn.Parameter]] = {kind: [] for kind in kinds}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, p in model.named_parameters():
         in_block = any(part.isdigit() for part in name.split('.'))  # blocks.3.attn.q_proj.weight
-        kind = ('vectors' if p.ndim < 2 else 'embeddings' if id(p) in tables
+        kind = ('adapters' if '.lora_' in name else 'vectors' if p.ndim < 2
+                else 'embeddings' if id(p) in tables
                 else 'matrices' if in_block and p.ndim == 2 else 'head')
         if p.requires_grad: out[kind].append(p)
     return out
@@ -234,8 +236,8 @@ class OptimConfig:
         top = 1 / max(self.lr or 0, self.muon_lr or 0, 1e-9)
         each('weight_decay', lambda x: x <= top, f'expected at most {top:.4g}, 1 / rate')
 
-    def rate(self, group:str) -> float | None: # of 'matrices', 'embeddings', 'head' or 'vectors'
-        "The peak rate of a group of parameters"
+    def rate(self, group:str) -> float | None: # of a group, as in `_param_groups`
+        "The peak rate of a group of parameters; none: open"
         return self.muon_lr if self.optimizer == 'muon' and group == 'matrices' else self.lr
 
 # %% ../../nbs/4_training/01_optim.ipynb #30562224
@@ -244,6 +246,13 @@ def _copies(model):
     if not isinstance(model, nn.parallel.DistributedDataParallel): return None
     from torch.distributed.device_mesh import DeviceMesh
     return DeviceMesh.from_group(model.process_group, next(model.parameters()).device.type)
+
+# %% ../../nbs/4_training/01_optim.ipynb #c169d84f
+def _adapter_lr(
+    params:list[nn.Parameter], # of adapters: (r, in) and (out, r)
+) -> float:
+    "AdamW's peak rate if none is given: 0.01, and less for wide inputs"
+    return min(.01, 3.2 / max(p.size(1) for p in params))
 
 # %% ../../nbs/4_training/01_optim.ipynb #63303115
 def make_optimizers(
@@ -254,7 +263,7 @@ def make_optimizers(
     check(None not in (cfg.lr, cfg.muon_lr, cfg.weight_decay),
           'lr, muon_lr or weight_decay is open; `resolve_defaults` sets them by the model')
     def group(name):
-        lr = cfg.rate(name)
+        lr = cfg.rate(name) or _adapter_lr(params[name])
         decay = cfg.weight_decay if name in ('matrices', 'head') else 0.0
         return dict(params=params[name], name=name, lr=lr, peak_lr=lr, weight_decay=decay)
     params = {name: ps for name, ps in _param_groups(model).items() if ps}

@@ -44,7 +44,7 @@ class FineTuneConfig(TrainConfig):
     "How a stage trains that starts from a trained model"
     lora_rank: int = 0       # rank of adapters that learn in place of all weights; 0: none
     lora_alpha: float | None = None  # adapters count alpha / rank; none: twice the rank
-    lora_lr: float | None = None  # peak rate of adapters; none: 0.02 by muon, 0.004 by adamw
+    lora_lr: float | None = None  # AdamW's peak rate for adapters; none: 0.01, less if wide
     lora_on: str = 'all'     # layers with adapters: all of the blocks', or names: q_proj v_proj
 
     def __post_init__(self) -> None:
@@ -55,9 +55,8 @@ class FineTuneConfig(TrainConfig):
         check(self.lora_lr is None or 0 < self.lora_lr <= 1,
               f'lora_lr = {self.lora_lr}: expected a number above 0 and at most 1')
 
-    def rate(self, group:str) -> float | None: # a faster one: see what fine-tuning measures
-        usual = .02 if self.optimizer == 'muon' else .004
-        return (self.lora_lr or usual) if self.lora_rank else super().rate(group)
+    def rate(self, group:str) -> float | None:
+        return self.lora_lr if self.lora_rank else super().rate(group)
 
     def adapt(self, gpt:GPT, seed:int = 0) -> GPT: # the same, with adapters if they are asked for
         if not self.lora_rank: return gpt
@@ -268,8 +267,9 @@ _NO_EFFECT = {  # {part: rules}; '' are the training stages
                   'it is for parallel=hsdp'),
         _NoEffect('lora_alpha lora_lr lora_on', 'lora_rank', lambda r, c: not c.lora_rank,
                   'no adapters are trained'),
-        _NoEffect('lr muon_lr', 'lora_rank', lambda r, c: getattr(c, 'lora_rank', 0),
-                  'the rate of adapters is lora_lr')]}
+        _NoEffect('lr optimizer muon_lr momentum cautious weight_decay', 'lora_rank',
+                  lambda r, c: getattr(c, 'lora_rank', 0),
+                  'AdamW moves adapters, at lora_lr')]}
 
 # %% ../../nbs/4_training/06_recipe.ipynb #b4356aa0
 _NO_EFFECT['data'] = [

@@ -64,9 +64,10 @@ def stored(stage): return _saved_tensors(checkpoints(stage/'checkpoints')[0])
 
 def test_it_learns_and_only_the_adapters_are_stored(whole):
     losses = [r['loss'] for r in read_log(whole/'sft') if 'loss' in r]
-    assert len(losses) == 20 and losses[-1] < losses[0]
+    assert len(losses) == 20 and sum(losses[-5:]) < sum(losses[:5])
     names = stored(whole/'sft')
-    assert len(names) == 2 * 2 * 7  # A and B of seven layers, each with its optimizer's mean
+    assert len([n for n in names if n.startswith('model.')]) == 2 * 7  # A and B of seven layers
+    assert len(names) == 4 * 2 * 7  # with AdamW's two means and its count of steps
     assert all('.lora_' in name for name in names)
     size = lambda stage: sum(p.stat().st_size for p in (whole/stage).rglob('*.safetensors'))
     assert size('sft') < size('pretrain') / 2
@@ -136,7 +137,7 @@ def test_a_later_stage_trains_adapters_too(at_desk, tmp_path):
     keys = ('stages=pretrain sft again', 'plugins=again.py', 'again.tokens=1600', 'lora_rank=2',
             'sft.lora_on=q_proj v_proj')
     run = stages(tmp_path/'run', *keys, which=['pretrain', 'sft', 'again'])
-    assert len(stored(run/'sft')) == 2 * 2 * 2 and len(stored(run/'again')) == 2 * 2 * 7
+    assert len(stored(run/'sft')) == 4 * 2 * 2 and len(stored(run/'again')) == 4 * 2 * 7
     better, tok = load_model(run/'better')
     ids = torch.randint(len(tok), (4, 30))
     two = merge_lora(load_adapter(load_model(run/'chat')[0], run/'again'/'adapter')).eval()
@@ -147,7 +148,7 @@ def test_a_later_stage_trains_adapters_too(at_desk, tmp_path):
     (('sft.lora_rank=33',), 'sft.lora_rank = 33: must be at least 1 and at most 32'),
     (('lora_rank=4', 'lora_on=q_prj'), "sft.lora_on = q_prj: no layer .*did you mean 'q_proj'"),
     (('sft.lora_alpha=8',), 'has no effect: no adapters are trained'),
-    (('sft.lora_rank=4', 'sft.lr=0.01'), 'no effect: the rate of adapters is lora_lr'),
+    (('sft.lora_rank=4', 'sft.lr=0.01'), 'no effect: AdamW moves adapters, at lora_lr'),
     (('sft.lora_rank=4', 'lora_lr=2'), 'lora_lr = 2'),
     (('sft.lora_rank=-1',), 'lora_rank = -1'), (('pretrain.lora_rank=4',), 'unknown key')])
 def test_what_cannot_be_is_said_before_anything_trains(at_desk, tmp_path, keys, said):

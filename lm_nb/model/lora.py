@@ -232,8 +232,8 @@ def _pairs(gpt, shapes): # {name of our layer: (name there, third)} of those tha
             for theirs, _ in ours.values()}
     there = {theirs: both for theirs, both in keys.items() if shapes.keys() & set(both)}
     odd = next((n for n in shapes if not any(n in both for both in there.values())), None)
-    check(odd is None, f'adapts {odd}, and a model like this ({gpt.cfg.arch}, {gpt.cfg.n_layer} '
-          'layers) has adapters on the linear layers of its blocks alone')
+    check(odd is None, f'adapts {odd}: no linear layer in the {gpt.cfg.n_layer} blocks of this model '
+          f'(arch = {gpt.cfg.arch}), and others have no adapters here')
     missing = next((n for both in there.values() for n in both if n not in shapes), None)
     check(there and not missing, f'has no {missing or "adapters"}')
     return {name: at for name, at in ours.items() if at[0] in there}

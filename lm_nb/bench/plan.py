@@ -259,8 +259,8 @@ def _compute_stage(
     one, two = (_mean_step(StepTimer(piece, trial, doc_mask, device, micro_rows=1, micros=n),
                            budget/2)[0] for n in (1, 2))
     m = max(two - one, .05*one)
-    part, whole = (step_flops(c, tokens, stage.optimizer) for c, tokens in
-                   ((piece, piece.context), (cfg, plan.all_rows*cfg.context)))
+    part, whole = (step_flops(c, tokens, stage.optimizer, trained=stage.n_adapted(c))
+                   for c, tokens in ((piece, piece.context), (cfg, plan.all_rows*cfg.context)))
     update = (whole['optimizer']/part['optimizer'] if part['optimizer'] else
               sum(parameter_counts(cfg).values())/sum(parameter_counts(piece).values()))
     passes = (whole['model'] + whole['recomputing'])/part['model']
@@ -410,7 +410,9 @@ def plot_plan(
     dtype, room = dtype or pick_dtype(device, stage.dtype), room or available_memory(device)
     _, micro, _ = _split_rows(stage, recipe.model.context)
     at = [2**k for k in range(1 + max(3, micro.bit_length()))]
-    found = [memory(recipe.model, n, stage.optimizer, dtype, device.type) for n in at]
+    trained = stage.n_adapted(recipe.model)
+    found = [memory(recipe.model, n, stage.optimizer, dtype, device.type, trained=trained)
+             for n in at]
     parts = {part: [getattr(m, part)/1e6 for m in found] for part in Memory.__annotations__}
     fig, ax = plt.subplots(figsize=(6, 2.8), layout='constrained')
     ax.stackplot(at, *parts.values(), labels=list(parts), alpha=.85)

@@ -6,6 +6,7 @@ from functools import partial
 import pytest, torch
 
 from desk import furnish
+from lm_nb.bench.plan import plan_run
 from lm_nb.cli import main
 from lm_nb.core import UserError, read_json, write_json
 from lm_nb.inference.chat import answer
@@ -171,3 +172,13 @@ def test_generate_and_chat_take_an_adapter(whole, at_desk, capsys, monkeypatch):
     assert asked(adapter) == asked() == asked('model=chat')
     assert main(['generate', 'tiny', where, 'prompt=A', 'adapter=nowhere']) == 2
     assert 'nowhere: no such adapter folder' in capsys.readouterr().err
+
+
+def test_a_plan_knows_that_less_is_trained(at_desk):
+    def stage(*keys):
+        plan = plan_run(load_recipe('tiny', keys), budget=0)
+        return next(s for s in plan.stages if s.name == 'sft')
+    whole, thin = stage(), stage(*LORA)
+    assert thin.flops < .9*whole.flops
+    assert thin.memory.optimizer < whole.memory.optimizer/2
+    assert thin.memory.total < whole.memory.total

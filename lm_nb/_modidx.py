@@ -1629,6 +1629,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'lm_nb.model.lora._put_on': ('2_model/lora.html#_put_on', 'lm_nb/model/lora.py'),
                                   'lm_nb.model.lora._read_adapter': ('2_model/lora.html#_read_adapter', 'lm_nb/model/lora.py'),
                                   'lm_nb.model.lora._scale': ('2_model/lora.html#_scale', 'lm_nb/model/lora.py'),
+                                  'lm_nb.model.lora._shape': ('2_model/lora.html#_shape', 'lm_nb/model/lora.py'),
                                   'lm_nb.model.lora._thin': ('2_model/lora.html#_thin', 'lm_nb/model/lora.py'),
                                   'lm_nb.model.lora.adapter_size': ('2_model/lora.html#adapter_size', 'lm_nb/model/lora.py'),
                                   'lm_nb.model.lora.add_lora': ('2_model/lora.html#add_lora', 'lm_nb/model/lora.py'),

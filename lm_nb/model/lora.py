@@ -42,7 +42,8 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merged(self) -> nn.Linear: # trainable
         "The plain layer with the same outputs"
-        linear = nn.Linear(*reversed(self.weight.shape), bias=self.bias is not None, device='meta')
+        n_out, n_in = self.weight.shape
+        linear = nn.Linear(n_in, n_out, self.bias is not None, device='meta')
         linear.weight = nn.Parameter(self.weight + self.scale * self.lora_B @ self.lora_A)
         if self.bias is not None: linear.bias = nn.Parameter(self.bias.clone())
         return linear
@@ -78,6 +79,9 @@ def _put_on(gpt, learned): # {name: (A, B, scale)}
     return gpt
 
 # %% ../../nbs/2_model/05_lora.ipynb #a22b425f
+def _shape(gpt, name): # of a linear layer: (out, in)
+    return tuple(gpt.get_parameter(f'{name}.weight').shape)
+
 def lora_layers(gpt:nn.Module) -> dict[str, LoRALinear]:
     "The layers of a model that have an adapter, by name"
     return {name: m for name, m in gpt.named_modules() if isinstance(m, LoRALinear)}
@@ -94,7 +98,7 @@ def add_lora(
     learned, g, names = {}, torch.Generator().manual_seed(seed), lora_targets(gpt, rank, on)
     scale = (2 * rank if alpha is None else alpha) / rank
     for name in names:
-        n_out, n_in = gpt.get_submodule(name).weight.shape
+        n_out, n_in = _shape(gpt, name)
         A = torch.empty(rank, n_in).uniform_(-1, 1, generator=g) / n_in**.5
         learned[name] = A, torch.zeros(n_out, rank), scale
     return _put_on(gpt, learned)
@@ -130,8 +134,7 @@ def adapter_size(
 ) -> int: # numbers
     "How many numbers the adapters of a model hold; `UserError` as for `lora_targets`"
     with torch.device('meta'): gpt = GPT(cfg)
-    return sum(rank * sum(gpt.get_submodule(name).weight.shape)
-               for name in lora_targets(gpt, rank, on))
+    return sum(rank * sum(_shape(gpt, name)) for name in lora_targets(gpt, rank, on))
 
 # %% ../../nbs/2_model/05_lora.ipynb #19b4dc56
 def _peft_name(gpt, name): # of one of our layers -> (its name there, which third of it, or None)
@@ -154,7 +157,8 @@ def to_peft(
     base:str = '', # the folder or hub name of the model without them
 ) -> tuple[dict, dict[str, Tensor]]: # contents of adapter_config.json; tensors
     "A model's adapters as the peft library reads them"
-    parts, tensors, ranks, alphas = {}, {}, {}, {}
+    parts: dict[str, list] = {}
+    tensors, ranks, alphas = {}, {}, {}
     for name, m in lora_layers(gpt).items():
         theirs, third = _peft_name(gpt, name)
         parts.setdefault(theirs, []).append((third, m))
@@ -210,7 +214,8 @@ def _check_peft(c):
                  **{key: not c.get(key) for key in _MUST_BE_OFF})
     odd = next((key for key, fine in found.items() if not fine), None)
     check(odd is None, f'{odd} = {c.get(odd)} is not supported; an adapter has to be plain LoRA')
-    odd = next((n for n in c.get('alpha_pattern') or () if not re.fullmatch(r'[\w.]+', str(n))), None)
+    names = c.get('alpha_pattern') or ()
+    odd = next((n for n in names if not re.fullmatch(r'[\w.]+', str(n))), None)
     check(odd is None, f'alpha_pattern: {odd} is not the name of a layer')
 
 # %% ../../nbs/2_model/05_lora.ipynb #ad8720a0
@@ -232,8 +237,8 @@ def _pairs(gpt, shapes): # {name of our layer: (name there, third)} of those tha
             for theirs, _ in ours.values()}
     there = {theirs: both for theirs, both in keys.items() if shapes.keys() & set(both)}
     odd = next((n for n in shapes if not any(n in both for both in there.values())), None)
-    check(odd is None, f'adapts {odd}: no linear layer in the {gpt.cfg.n_layer} blocks of this model '
-          f'(arch = {gpt.cfg.arch}), and others have no adapters here')
+    check(odd is None, f'adapts {odd}: no linear layer in the {gpt.cfg.n_layer} blocks of this '
+          f'model (arch = {gpt.cfg.arch}), and others have no adapters here')
     missing = next((n for both in there.values() for n in both if n not in shapes), None)
     check(there and not missing, f'has no {missing or "adapters"}')
     return {name: at for name, at in ours.items() if at[0] in there}
@@ -243,7 +248,7 @@ def _thin(gpt, tensors, name, at): # (A, B) of one of our layers
     "The two matrices of a layer; `UserError` if they do not fit it"
     theirs, third = at
     A, B = (tensors[f'base_model.model.{theirs}.lora_{k}.weight'] for k in 'AB')
-    n_out, n_in = gpt.get_submodule(name).weight.shape
+    n_out, n_in = _shape(gpt, name)
     whole = n_out * (1 if third is None else 3)
     fits = A.ndim == B.ndim == 2 and A.shape[1] == n_in and B.shape == (whole, len(A))
     check(fits and len(A), f'{theirs} has adapters of shapes {tuple(A.shape)} and '
@@ -299,8 +304,8 @@ def _base_of(adapter):
     with _about(adapter): config, _ = _read_adapter(adapter)
     named = str(config.get('base_model_name_or_path') or '')
     check(named and (Path(named)/'config.json').is_file(), f'{adapter}: stands on the model '
-          f'{named or "(it names none)"}, which is no folder here; name that folder (for a command of '
-          'lm-nb with model=, one of the run\'s)')
+          f'{named or "(it names none)"}, which is no folder here; name that folder (for a command '
+          'of lm-nb with model=, one of the run\'s)')
     return Path(named)
 
 def load_adapted(

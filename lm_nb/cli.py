@@ -325,12 +325,14 @@ def _find_model(name, run, wanted=None, chat=None):
     check(there, f'{run}: no {kind} model here; {todo}')
     return there[-1]
 
-def _model(name, run, device='auto', wanted=None, chat=False):
-    "A model of a run, as from `_find_model`, and its tokenizer"
+def _model(name, run, device='auto', wanted=None, chat=False, adapter=None):
+    """A model of a run, as from `_find_model`, and its tokenizer. With an adapter that model, or
+    the one that the adapter names, and the adapter"""
     from lm_nb.core import pick_device
     from lm_nb.model.hub import load_model
+    from lm_nb.model.lora import load_adapted
+    if adapter: return load_adapted(adapter, run/wanted if wanted else None, pick_device(device))
     return load_model(_find_model(name, run, wanted, chat), pick_device(device))
-
 
 # %% ../nbs/cli.ipynb #316b3968
 def _tested_model(name, own):
@@ -370,15 +372,16 @@ def _choice(name, pairs):
 
 # %% ../nbs/cli.ipynb #0a1fa3ba
 def _generate(name, pairs):
-    """RECIPE prompt='…' [model=base|chat] [max_new=100] [temperature=…] [top_k=…] [top_p=…]
-    [min_p=…] [repetition_penalty=…] [seed=…]: continue a text; an empty one begins anew"""
+    """RECIPE prompt='…' [model=base|chat] [adapter=FOLDER] [max_new=100] [temperature=…]
+    [top_k=…] [top_p=…] [min_p=…] [repetition_penalty=…] [seed=…]: continue a text; an empty one
+    begins anew"""
     from lm_nb.inference.chat import stop_ids, stream_text
     from lm_nb.inference.sampling import SampleConfig, stream
     prompt, wanted = pairs.pop('prompt', None), pairs.pop('model', None)
     check(prompt is not None, "lm-nb generate: what should the model continue? prompt='…'")
     run, device = _run_folder(name, pairs), pairs.pop('device', 'auto')
-    keys = _keys(SampleConfig, pairs, max_new=int)
-    gpt, tok = _model(name, run, device, wanted)
+    adapter, keys = pairs.pop('adapter', None), _keys(SampleConfig, pairs, max_new=int)
+    gpt, tok = _model(name, run, device, wanted, adapter=adapter)
     ids, stops, context = [tok.bos, *tok.encode(prompt)], stop_ids(tok), gpt.cfg.context
     room = context + 1 - len(ids)
     max_new = keys.pop('max_new', min(100, max(1, room)))
@@ -508,16 +511,18 @@ def _reply(chat, records, text):
 
 # %% ../nbs/cli.ipynb #6ad1e024
 def _chat(name, pairs):
-    """RECIPE [system='…'] [memory=0] [max_new=256] [temperature=…] […]: talk to the fine-tuned
-    model. memory: past turns that it sees"""
+    """RECIPE [model=chat] [adapter=FOLDER] [system='…'] [memory=0] [max_new=256] [temperature=…]
+    […]: talk to the fine-tuned model, or to the one that a LoRA adapter makes. memory: past turns
+    that it sees"""
     check(sys.stdin, 'lm-nb chat: there is no standard input to read questions from')
     run, at_terminal = _run_folder(name, pairs), sys.stdin.isatty()
     if at_terminal and run.is_dir(): print(f'The chat model of {run} …', flush=True)
     from lm_nb.inference.chat import Chat
     from lm_nb.inference.sampling import SampleConfig
     device, kinds = pairs.pop('device', 'auto'), dict(system=str, memory=int | None, max_new=int)
+    wanted, adapter = pairs.pop('model', None), pairs.pop('adapter', None)
     keys = _keys(SampleConfig, pairs, **kinds)
-    gpt, tok = _model(name, run, device, chat=True)
+    gpt, tok = _model(name, run, device, wanted, chat=True, adapter=adapter)
     chat, records = Chat(gpt, tok, **{'memory': 0, **keys}), _records(run, tok)
     if at_terminal: _greet(chat, records)
     _check_system(chat, records)
@@ -541,19 +546,25 @@ def _export(words, pairs):
 
 # %% ../nbs/cli.ipynb #00bd8236
 def _serve(name, pairs):
-    """RECIPE|FOLDER [port=8000] [host=127.0.0.1] [api_key=…] [cors=ORIGIN] [max_tokens=…]
-    [temperature=…] […]: let programs that speak OpenAI's protocol ask the models of a run, or the
-    one in a model folder, and a person at a page; until Ctrl-C. LM_NB_API_KEY is a key, too"""
+    """RECIPE|FOLDER [adapter=FOLDER] [port=8000] [host=127.0.0.1] [api_key=…] [cors=ORIGIN]
+    [max_tokens=…] [temperature=…] […]: let programs that speak OpenAI's protocol ask the models of
+    a run, or the one in a model folder, and a person at a page; until Ctrl-C. LM_NB_API_KEY is a
+    key, too. adapter: a LoRA adapter makes one model more"""
+    from lm_nb.core import pick_device
     from lm_nb.inference.sampling import SampleConfig
-    from lm_nb.use.serve import ServeConfig, find_models, serve_models
+    from lm_nb.model.lora import load_adapted
+    from lm_nb.use.serve import Served, ServeConfig, find_models, serve_models
     folder = Path(name)
     if not (folder/'config.json').is_file(): folder = _run_folder(name, pairs)
     device, kinds = pairs.pop('device', 'auto'), part_keys(ServeConfig)
-    keys = _keys(SampleConfig, pairs, **kinds)
+    adapter, keys = pairs.pop('adapter', None), _keys(SampleConfig, pairs, **kinds)
     own = {k: keys.pop(k) for k in kinds if k in keys}
     if key := os.environ.get('LM_NB_API_KEY'): own.setdefault('api_key', key)
-    serve_models(find_models(folder, device), ServeConfig(**own), SampleConfig(**keys),
-                 say=partial(print, flush=True))
+    def models():  # each is loaded when it is its turn
+        yield from find_models(folder, device)
+        if not adapter: return
+        yield Served(f'{folder.name}/adapter', *load_adapted(adapter, None, pick_device(device)), True)
+    serve_models(models(), ServeConfig(**own), SampleConfig(**keys), say=partial(print, flush=True))
 
 # %% ../nbs/cli.ipynb #d2aeaf2e
 def _docs(cls):

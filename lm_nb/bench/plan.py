@@ -98,9 +98,11 @@ def _plan_stage(
     "The arithmetic of a stage: everything but its time"
     rows, micro, micros = _split_rows(stage, cfg.context, ranks)
     how: dict = dict(optimizer=stage.optimizer, dtype=dtype, device=device.type, micros=micros,
-                     ranks=ranks, parallel=stage.parallel, shards=stage.shard_group)
+                     ranks=ranks, parallel=stage.parallel, shards=stage.shard_group,
+                     trained=stage.n_adapted(cfg))
     tokens = stage.batch_tokens//cfg.context*cfg.context
-    flops = stage.steps*sum(step_flops(cfg, tokens, stage.optimizer).values())
+    each = step_flops(cfg, tokens, stage.optimizer, trained=how['trained'])
+    flops = stage.steps*sum(each.values())
     most = largest_rows(cfg, room, **how)
     # fewer rows mean more micro-batches, and then gradients have to wait for each other
     if most < micro: most = largest_rows(cfg, room, **how | dict(micros=2))
@@ -157,7 +159,7 @@ class StepTimer:
         self.cfg, self.rows, self.micros = cfg, micro_rows or rows, micros or n
         self.device = device or pick_device(stage.device)
         self.dtype, self.wait = pick_dtype(self.device, stage.dtype), synchronizer(self.device)
-        self.gpt = GPT(cfg).to(self.device).train()
+        self.gpt = stage.adapt(GPT(cfg)).to(self.device).train()
         made = [random_batch(cfg, self.rows, i, 3*doc_mask) for i in range(self.micros)]
         runtime = Runtime(self.device, self.dtype)
         made = runtime.pin(made)
@@ -257,8 +259,8 @@ def _compute_stage(
     one, two = (_mean_step(StepTimer(piece, trial, doc_mask, device, micro_rows=1, micros=n),
                            budget/2)[0] for n in (1, 2))
     m = max(two - one, .05*one)
-    part, whole = (step_flops(c, tokens, stage.optimizer) for c, tokens in
-                   ((piece, piece.context), (cfg, plan.all_rows*cfg.context)))
+    part, whole = (step_flops(c, tokens, stage.optimizer, trained=stage.n_adapted(c))
+                   for c, tokens in ((piece, piece.context), (cfg, plan.all_rows*cfg.context)))
     update = (whole['optimizer']/part['optimizer'] if part['optimizer'] else
               sum(parameter_counts(cfg).values())/sum(parameter_counts(piece).values()))
     passes = (whole['model'] + whole['recomputing'])/part['model']
@@ -408,7 +410,9 @@ def plot_plan(
     dtype, room = dtype or pick_dtype(device, stage.dtype), room or available_memory(device)
     _, micro, _ = _split_rows(stage, recipe.model.context)
     at = [2**k for k in range(1 + max(3, micro.bit_length()))]
-    found = [memory(recipe.model, n, stage.optimizer, dtype, device.type) for n in at]
+    trained = stage.n_adapted(recipe.model)
+    found = [memory(recipe.model, n, stage.optimizer, dtype, device.type, trained=trained)
+             for n in at]
     parts = {part: [getattr(m, part)/1e6 for m in found] for part in Memory.__annotations__}
     fig, ax = plt.subplots(figsize=(6, 2.8), layout='constrained')
     ax.stackplot(at, *parts.values(), labels=list(parts), alpha=.85)

@@ -127,7 +127,8 @@ def profile_recipe(
     for _ in range(2): timer()
     seconds = median(timer.seconds() for _ in range(steps))
     ops, device, dtype = _record_operators(timer, steps, path), timer.device, timer.dtype
-    flops = sum(step_flops(cfg, timer.tokens, settings.optimizer).values())
+    each = step_flops(cfg, timer.tokens, settings.optimizer, trained=settings.n_adapted(cfg))
+    flops = sum(each.values())
     moved = step_bytes(cfg, timer.rows, settings.optimizer, dtype, device.type, timer.micros)
     matmul_peak(device, dtype)
     arithmetic = seconds*utilisation(flops/seconds, device, dtype)  # a floor is below the step

@@ -350,7 +350,8 @@ def _plain_template(end): # as for `_plain_format`
 
 # %% ../../nbs/1_data/09_tokenizer.ipynb #df23e4cc
 _FILES = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja',
-          'generation_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt')
+          'generation_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json',
+          'merges.txt')
 
 def _table(files, name): # of a JSON file, or an empty one
     try: table = json.loads(files.get(name, b'{}'))

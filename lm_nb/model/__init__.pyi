@@ -50,3 +50,17 @@ from .hub import (
     model_folder as model_folder,
     weights_sha256 as weights_sha256,
 )
+from .lora import (
+    LoRALinear as LoRALinear,
+    lora_targets as lora_targets,
+    lora_layers as lora_layers,
+    add_lora as add_lora,
+    merge_lora as merge_lora,
+    n_trained as n_trained,
+    meta_copy as meta_copy,
+    adapter_size as adapter_size,
+    to_peft as to_peft,
+    save_adapter as save_adapter,
+    load_adapter as load_adapter,
+    load_adapted as load_adapted,
+)

@@ -63,20 +63,26 @@ def step_flops(
     tokens:int, # positions in a step
     optimizer:str='muon', # muon or adamw
     T:int|None=None, # length of a row; the context if not given
+    trained:int|None=None, # numbers that learn beside frozen weights; the weights if not given
 ) -> dict[str, float]: # FLOPs of 'model', 'recomputing', 'optimizer'
     "What one optimizer step computes"
     padding = 6*(cfg.vocab_rows - cfg.vocab_size)*cfg.d_model  # padded rows are multiplied, too
     model = flops_per_token(cfg, T or cfg.context) + padding
     again = (model - 6*cfg.vocab_rows*cfg.d_model)/3 if cfg.recompute else 0
+    if trained is not None: # no gradient of a weight, and small matrices to orthogonalize
+        weights = _matrix_numbers(cfg) + cfg.vocab_rows*cfg.d_model
+        return dict(model=(model - 2*weights + 6*trained)*tokens, recomputing=again*tokens,
+                    optimizer=0.)
     newton = sum(5*(4*r*r*c + 2*r**3) for r, c in _matrices(cfg)) if optimizer == 'muon' else 0
     return dict(model=model*tokens, recomputing=again*tokens, optimizer=newton)
 
 # %% ../../nbs/2_model/04_estimate.ipynb #5b199e19
-def _optimizer_numbers(cfg, optimizer='muon'):
+def _optimizer_numbers(cfg, optimizer='muon', trained=None):
     "How many numbers an optimizer keeps from one step to the next"
     known = 'muon', 'adamw'
     check(optimizer in known, f'optimizer = {optimizer}: expected muon or adamw'
           f'{nearest(optimizer, known)}')
+    if trained is not None: return trained*(2 if optimizer == 'adamw' else 1)
     n = sum(parameter_counts(cfg).values())
     return 2*n if optimizer == 'adamw' else 2*n - _matrix_numbers(cfg)
 
@@ -178,13 +184,14 @@ def _mask_bytes(cfg, rows, dtype='bf16', device='cpu'):
     return rows*cfg.context**2*_WIDTH[dtype]*(device == 'cpu')
 
 # %% ../../nbs/2_model/04_estimate.ipynb #0c993c81
-def _loss_workspace_bytes(cfg, tokens, dtype='bf16', device='cpu'):
+def _loss_workspace_bytes(cfg, tokens, dtype='bf16', device='cpu', frozen=False):
     "The costliest moment between forward and backward pass: (working space, logits) in bytes"
     w, D, head = _WIDTH[dtype], cfg.d_model, cfg.vocab_rows*cfg.d_model
     chunk = _chunk_bytes(cfg, tokens, dtype, device)
     several = tokens > chunk_rows(cfg.vocab_rows, device)
-    summing = head*(4 + w)*several + head*w*(w < 4) + tokens*D*w
-    handing = 4*head + 2*tokens*D*4  # to the head and to the stream, scaled
+    learns = not frozen # the head
+    summing = head*(4 + w)*several*learns + head*w*(w < 4) + tokens*D*w
+    handing = 4*head*learns + 2*tokens*D*4  # to the head and to the stream, scaled
     again = sum(_block_activation_bytes(cfg, dtype, device).values()) if cfg.recompute else 8*D
     hidden = w*cfg.ff_size*(1 if cfg.arch == 'gpt2' else 2)
     block = tokens*(hidden - (4 + w)*D + again)  # the last norm has been through by then
@@ -228,18 +235,23 @@ def memory(
     ranks:int=1, # processes that train together
     parallel:str='ddp', # ddp, fsdp or hsdp
     shards:int|None=None, # hsdp: ranks that share one copy; a machine's if not given
+    trained:int|None=None, # numbers that learn beside frozen weights; the weights if not given
 ) -> Memory:
     "The peak memory of a training step on each rank, by part"
     n, k = sum(parameter_counts(cfg).values()), n_shards(ranks, parallel, shards)
     tokens, gathered = rows*cfg.context, _gathered_bytes(cfg, k)
-    work, logits = _loss_workspace_bytes(cfg, tokens, dtype, device)
+    frozen = trained is not None
+    work, logits = _loss_workspace_bytes(cfg, tokens, dtype, device, frozen)
     work += gathered + _weight_copy_bytes(cfg, dtype) + _mask_bytes(cfg, rows, dtype, device)
-    slopes = 4*n/k if micros > 1 or ranks > k else 4*cfg.vocab_rows*cfg.d_model
-    kept = dict(weights=4*n/k, optimizer=4*_optimizer_numbers(cfg, optimizer)/k)
+    learned = 4*(trained if frozen else n)/k
+    slopes = learned if frozen or micros > 1 or ranks > k else 4*cfg.vocab_rows*cfg.d_model
+    kept = dict(weights=4*n/k + learned*frozen,
+                optimizer=4*_optimizer_numbers(cfg, optimizer, trained)/k)
     loss = Memory(**kept, gradients=slopes, logits=logits, buffers=work,
                   activations=_saved_activation_bytes(cfg, tokens, dtype, device))
-    update = Memory(**kept, gradients=4*n/k, activations=0., logits=0.,
-                    buffers=gathered + _update_bytes(cfg, optimizer))
+    moving = 3*learned if frozen else _update_bytes(cfg, optimizer)
+    update = Memory(**kept, gradients=learned, activations=0., logits=0.,
+                    buffers=gathered + moving)
     return max(loss, update, key=lambda m: m.total)
 
 # %% ../../nbs/2_model/04_estimate.ipynb #c2e4ccf0

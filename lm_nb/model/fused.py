@@ -333,7 +333,7 @@ def _chunk_loss(
 class _ChunkedNLL(torch.autograd.Function):
     "Loss and both gradients, a chunk of rows at a time"
     @staticmethod
-    def forward(ctx, h, w, y, weight, vocab_size, rows, dtype, learn):
+    def forward(ctx, h, w, y, weight, vocab_size, rows, dtype, learn, head):
         low, dh, dw = w.to(dtype), [], None
         loss = h.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
         weights = [None] * -(-len(y) // rows) if weight is None else weight.split(rows)
@@ -344,14 +344,15 @@ class _ChunkedNLL(torch.autograd.Function):
                 if not learn: continue
                 g = g.to(dtype)
                 dh.append(g @ low)
-                dw = (g.T @ x).to(w.dtype) if dw is None else dw + g.T @ x
+                if head: dw = (g.T @ x).to(w.dtype) if dw is None else dw + g.T @ x
         if learn: ctx.save_for_backward(torch.cat(dh).to(h.dtype), dw)
         return loss
 
     @staticmethod
     def backward(ctx, above):
-        times = lambda d: (d.to(above.dtype) * above).to(d.dtype) # `above` is not rounded to bf16
-        return *map(times, ctx.saved_tensors), None, None, None, None, None, None
+        def times(d): # `above` is not rounded to bf16
+            return None if d is None else (d.to(above.dtype) * above).to(d.dtype)
+        return *map(times, ctx.saved_tensors), *[None]*7
 
 # %% ../../nbs/2_model/02_fused.ipynb #50d1e008
 def chunk_rows(
@@ -387,9 +388,10 @@ def chunked_nll(
         has = _with_targets(y)
         if len(has) < len(y): h, y, s = h[has], y[has], None if s is None else s[has]
     if len(y) == 0: return (h.sum() + w.sum()).float() * 0 # no target, no loss, gradients of 0
-    learn = torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)
-    rows = rows or chunk_rows(len(w), device)
-    return _ChunkedNLL.apply(h, w, y, s, vocab_size or len(w), rows, working_dtype(h), learn)
+    head = torch.is_grad_enabled() and w.requires_grad # not of a frozen model
+    learn = head or torch.is_grad_enabled() and h.requires_grad
+    rows, V = rows or chunk_rows(len(w), device), vocab_size or len(w)
+    return _ChunkedNLL.apply(h, w, y, s, V, rows, working_dtype(h), learn, head)
 
 # %% ../../nbs/2_model/02_fused.ipynb #50d1e00a
 ops.attn_context, ops.attention = _fused_context, _fused_attention

@@ -23,10 +23,12 @@ from .loop import Ranks
 def _unique_state(
     model:nn.Module, # the bare model
 ) -> dict[str, Tensor]:
-    "Parameters and buffers of a model, shared ones under their first name only"
+    """Parameters and buffers of a model, shared ones under their first name only; none that is
+    frozen, for that is as it was at the start"""
     seen, out = set(), {}
     for name, t in model.state_dict(keep_vars=True).items():  # shared: one object
-        if id(t) not in seen: out[name] = t.detach()
+        frozen = isinstance(t, nn.Parameter) and not t.requires_grad
+        if id(t) not in seen and not frozen: out[name] = t.detach()
         seen.add(id(t))
     return out
 

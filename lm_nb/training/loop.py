@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..core import check, nearest
 from ..data.shards import IGNORE, Batch, as_batch
 from ..data.order import splitmix64
+from ..model.gpt import GPT, GPTConfig
 from .optim import OptimConfig, _check_values, lr_factor, set_lr
 
 # %% ../../nbs/4_training/02_loop.ipynb #6b96d3d9
@@ -80,6 +81,9 @@ class TrainConfig(OptimConfig):
 
     @property
     def steps(self) -> int: return self.tokens // self.batch_tokens
+    # a stage may train something small beside frozen weights
+    def adapt(self, gpt:GPT, seed:int = 0) -> GPT: return gpt
+    def n_adapted(self, model:GPTConfig) -> int | None: return None # how many numbers learn so
 
 # %% ../../nbs/4_training/02_loop.ipynb #efd693b0
 _T = TypeVar('_T')

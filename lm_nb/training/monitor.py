@@ -179,7 +179,8 @@ def _point(s, cfg, sums):
     "What a point says of learning: loss 0 without targets, none if all steps were skipped"
     empty, targets = sums['empty'], sums['targets']
     loss = sums['nll'] / targets if targets else 0. if empty else math.nan
-    point = dict(loss=loss, lr=s.lr * cfg.lr, grad_norm=s.grad_norm.item())
+    lr = s.lr * (cfg.rate('vectors') or 1)
+    point = dict(loss=loss, lr=lr, grad_norm=s.grad_norm.item())
     return point | (dict(empty_steps=empty) if empty else {})
 
 # %% ../../nbs/4_training/03_monitor.ipynb #609a0473
@@ -484,8 +485,8 @@ class NonFiniteGuard:
 def _write_report(folder, rank, s, cfg, documents): # what a rank knows of a step
     report = dict(
         step=s.step, rank=rank, loss=repr(s.nll.item()), loss_of_this_rank=repr(s.local_nll.item()),
-        targets=s.targets.item(), grad_norm=repr(s.grad_norm.item()), lr=s.lr * cfg.lr,
-        documents=documents)
+        targets=s.targets.item(), grad_norm=repr(s.grad_norm.item()),
+        lr=s.lr * (cfg.rate('vectors') or 1), documents=documents)
     path = Path(folder)/f'bad-step-{s.step:08d}-rank-{rank}.json'
     try: write_json(path, report)
     except OSError as e: print(f'{path}: {_reason(e)}', flush=True)
@@ -512,7 +513,7 @@ def _oom_words(model, cfg, runtime): # model: a `GPTConfig`
     rows = min(cfg.micro_rows or share, share)
     group = cfg.shard_group or int(os.environ.get('LOCAL_WORLD_SIZE', world))
     how = dict(optimizer=cfg.optimizer, dtype=runtime.dtype, device=runtime.device.type,
-               ranks=world, parallel=cfg.parallel, shards=group)
+               ranks=world, parallel=cfg.parallel, shards=group, trained=cfg.n_adapted(model))
     room = available_memory(runtime.device)
     fits = min(largest_rows(model, .9 * room, **how), rows // 2)
     advice = (

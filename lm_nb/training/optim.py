@@ -187,13 +187,15 @@ class Muon(torch.optim.Optimizer):
 # %% ../../nbs/4_training/01_optim.ipynb #94f3a6e9
 def _param_groups(
     model:nn.Module, # any model whose blocks sit in an `nn.ModuleList`
-) -> dict[str, list[nn.Parameter]]: # 'matrices', 'embeddings', 'head', 'vectors'
-    "Parameters by kind: matrices in blocks, embeddings, an untied head, vectors (norms, biases)"
-    out: dict[str, list[nn.Parameter]] = dict(matrices=[], embeddings=[], head=[], vectors=[])
+) -> dict[str, list[nn.Parameter]]: # 'matrices', 'embeddings', 'head', 'vectors', 'adapters'
+    "By kind: matrices in blocks, embeddings, an untied head, vectors (norms, biases), adapters"
+    kinds = 'matrices', 'embeddings', 'head', 'vectors', 'adapters'
+    out: dict[str, list[nn.Parameter]] = {kind: [] for kind in kinds}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, p in model.named_parameters():
         in_block = any(part.isdigit() for part in name.split('.'))  # blocks.3.attn.q_proj.weight
-        kind = ('vectors' if p.ndim < 2 else 'embeddings' if id(p) in tables
+        kind = ('adapters' if '.lora_' in name else 'vectors' if p.ndim < 2
+                else 'embeddings' if id(p) in tables
                 else 'matrices' if in_block and p.ndim == 2 else 'head')
         if p.requires_grad: out[kind].append(p)
     return out
@@ -234,12 +236,23 @@ class OptimConfig:
         top = 1 / max(self.lr or 0, self.muon_lr or 0, 1e-9)
         each('weight_decay', lambda x: x <= top, f'expected at most {top:.4g}, 1 / rate')
 
+    def rate(self, group:str) -> float | None: # of a group, as in `_param_groups`
+        "The peak rate of a group of parameters; none: open"
+        return self.muon_lr if self.optimizer == 'muon' and group == 'matrices' else self.lr
+
 # %% ../../nbs/4_training/01_optim.ipynb #30562224
 def _copies(model):
     "The ranks that hold whole copies of a model, as a `DeviceMesh`; none if there is one copy"
     if not isinstance(model, nn.parallel.DistributedDataParallel): return None
     from torch.distributed.device_mesh import DeviceMesh
     return DeviceMesh.from_group(model.process_group, next(model.parameters()).device.type)
+
+# %% ../../nbs/4_training/01_optim.ipynb #c169d84f
+def _adapter_lr(
+    params:list[nn.Parameter], # of adapters: (r, in) and (out, r)
+) -> float:
+    "AdamW's peak rate if none is given: 0.01, and less for wide inputs"
+    return min(.01, 3.2 / max(p.size(1) for p in params))
 
 # %% ../../nbs/4_training/01_optim.ipynb #63303115
 def make_optimizers(
@@ -249,20 +262,21 @@ def make_optimizers(
     "The optimizers that a recipe asks for. `UserError` if the recipe leaves a rate open"
     check(None not in (cfg.lr, cfg.muon_lr, cfg.weight_decay),
           'lr, muon_lr or weight_decay is open; `resolve_defaults` sets them by the model')
-    def group(name, lr):
+    def group(name):
+        lr = cfg.rate(name) or _adapter_lr(params[name])
         decay = cfg.weight_decay if name in ('matrices', 'head') else 0.0
         return dict(params=params[name], name=name, lr=lr, peak_lr=lr, weight_decay=decay)
     params = {name: ps for name, ps in _param_groups(model).items() if ps}
     out: list[torch.optim.Optimizer] = []
     if cfg.optimizer == 'muon' and 'matrices' in params:
         exact = torch.float32 if getattr(cfg, 'dtype', None) == 'fp32' else None  # also here
-        groups = [group('matrices', cfg.muon_lr)]
+        groups = [group('matrices')]
         out.append(Muon(groups, momentum=cfg.momentum, dtype=exact, cautious=cfg.cautious,
                         mesh=_copies(model)))
         del params['matrices']
     fused = all(p.device.type in ('cpu', 'cuda', 'mps', 'xpu') for ps in params.values()
                 for p in ps)
-    groups, betas = [group(name, cfg.lr) for name in params], (cfg.beta1, cfg.beta2)
+    groups, betas = [group(name) for name in params], (cfg.beta1, cfg.beta2)
     return out + ([torch.optim.AdamW(groups, betas=betas, fused=fused)] if groups else [])
 
 # %% ../../nbs/4_training/01_optim.ipynb #caf5d788

@@ -23,7 +23,7 @@ from ..model.fused import attention_weights
 from ..inference.chat import stop_ids
 from ..inference.sampling import generate_batch
 from ..inference.evaluate import evaluation, heldout
-from .loop import Ranks, Runtime
+from .loop import Ranks, Runtime, TrainConfig
 from .recipe import Feed, Recipe, Stage, register_stage
 from .run import Run, TextShards
 
@@ -221,7 +221,7 @@ def _fresh_model(
 
 # %% ../../nbs/4_training/09_pretrain.ipynb #b1b295da
 _PRETRAIN = register_stage(Stage(
-    'pretrain', start=_fresh_model, output='base', prepare=_prepare,
+    'pretrain', start=_fresh_model, output='base', prepare=_prepare, config=TrainConfig,
     feed=lambda run, ranks: text_feed(run, 'pretrain', run.shards, ranks)))
 
 # %% ../../nbs/4_training/09_pretrain.ipynb #a5274394

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..core import UserError, check, nearest
 from ..model.gpt import GPT
 from ..model.estimate import n_shards
+from ..model.lora import meta_copy
 from .optim import _full_tensor
 from .loop import DTYPES, Ranks
 
@@ -308,7 +309,7 @@ def unwrap(
     "A plain model with whole weights on every rank"
     gpt: GPT = _bare(model)
     if ranks.world == 1 or not any(hasattr(p, 'full_tensor') for p in gpt.parameters()): return gpt
-    with torch.device('meta'): plain = GPT(gpt.cfg)
+    plain = meta_copy(gpt)
     plain.load_state_dict({name: _full_tensor(t) for name, t in gpt.state_dict().items()},
                           assign=True)
     return plain.train(gpt.training)

@@ -6,9 +6,9 @@
 __all__ = ['tune_malloc', 'train', 'exclusive_run', 'prepare_stages', 'run_stage']
 
 # %% ../../nbs/4_training/08_stage.ipynb #e1834db6
-import ctypes, json, shlex
+import ctypes, hashlib, json, shlex
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..data.order import Prefetcher
 from ..model.gpt import GPT
 from ..model.fused import attention_kernel, pick_attention
 from ..model.hub import save_model
+from ..model.lora import lora_layers, merge_lora, save_adapter
 from ..inference.sampling import eval_mode
 from ..inference.evaluate import evaluations
 from .optim import make_optimizers
@@ -255,6 +256,25 @@ def _with_measures(feed, run, name):
         return found
     return replace(feed, validate=both) if measures else feed
 
+# %% ../../nbs/4_training/08_stage.ipynb #6c234cae
+def _check_adapters(gpt, name, cfg):
+    "`UserError` if the adapters that a stage's keys ask for do not fit the model"
+    try: cfg.n_adapted(gpt.cfg)
+    except UserError as e: raise UserError(f'{name}.{e}') from None
+
+def _frozen_sha256(gpt):
+    "A checksum of all weights that do not learn"
+    found = hashlib.sha256()
+    for p in gpt.parameters():
+        if not p.requires_grad: found.update(p.detach().cpu().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+def _with_adapters(gpt, feed, cfg, seed):
+    "The model and the feed of a stage, with the adapters that its keys ask for"
+    if cfg.n_adapted(gpt.cfg) is None: return gpt, feed
+    cfg.adapt(gpt, seed)
+    return gpt, replace(feed, fingerprints=dict(feed.fingerprints, frozen=_frozen_sha256(gpt)))
+
 # %% ../../nbs/4_training/08_stage.ipynb #56d16def
 def _start(stage, run, ranks):
     "The model and the feed of a stage; whatever it and those after it need is there then"
@@ -262,8 +282,10 @@ def _start(stage, run, ranks):
     after = names[names.index(stage.name):] if stage.name in names else [stage.name]
     seed_all(run.recipe.seed)
     gpt = stage.start(run)
+    for name in after: _check_adapters(gpt, name, run.recipe.configs[name])
     ranks.on_rank0(lambda: prepare_stages(run, after))
-    return gpt, _with_measures(stage.feed(run, ranks), run, stage.name)
+    feed = _with_measures(stage.feed(run, ranks), run, stage.name)
+    return _with_adapters(gpt, feed, run.recipe.configs[stage.name], run.recipe.seed)
 
 # %% ../../nbs/4_training/08_stage.ipynb #fdb2acd9
 @contextmanager
@@ -272,6 +294,15 @@ def _how_to_go_on(run):
     except Interrupted as e:
         again = f'lm-nb run {shlex.quote(str(run.folder))}'
         raise Interrupted(f'{e}; {again} goes on from there') from None
+
+# %% ../../nbs/4_training/08_stage.ipynb #367e9747
+def _merged(gpt, run, name, ranks):
+    "The model without adapters; they are kept in the stage's folder"
+    if not lora_layers(gpt): return gpt
+    base = ''
+    with suppress(UserError): base = str(run.folder_before(name).resolve())
+    if ranks.first: save_adapter(run.folder/name/'adapter', gpt, base)
+    return merge_lora(gpt)
 
 # %% ../../nbs/4_training/08_stage.ipynb #1314701a
 def run_stage(
@@ -290,7 +321,7 @@ def run_stage(
         with _how_to_go_on(run):
             train(gpt, feed, recipe.configs[name], folder, stage.loss, ranks=ranks, name=name,
                   seed=seed, hparams=dict(recipe=recipe.name, seed=recipe.seed))
-        gpt = unwrap(gpt, ranks)
+        gpt = _merged(unwrap(gpt, ranks), run, name, ranks)
         if ranks.first and not (run.folder/stage.output).exists():
             _show(feed, gpt, folder, recipe.configs[name].steps)
             save_model(run.folder/stage.output, gpt, run.tokenizer, stage.chat)

@@ -8,6 +8,7 @@ import torch
 from lm_nb.training.checkpoint import Saver, _run_state
 from lm_nb.core import UserError
 from lm_nb.model.gpt import GPT, GPTConfig
+from lm_nb.model.lora import add_lora
 from lm_nb.training.optim import _full_tensor, make_optimizers
 from lm_nb.training.loop import Ranks, Runtime
 from lm_nb.training.ranks import (
@@ -52,7 +53,8 @@ def digest(tensors):
 
 def model(job):
     torch.manual_seed(0)
-    return GPT(GPTConfig(**{**SHAPE, **job.get('model', {})}))
+    gpt = GPT(GPTConfig(**{**SHAPE, **job.get('model', {})}))
+    return add_lora(gpt, job['lora']) if 'lora' in job else gpt
 
 
 def settings(job):

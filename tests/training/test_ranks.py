@@ -11,6 +11,7 @@ import rank_work, soak
 from batch_tools import assert_same
 from lm_nb.training.cluster import RemoteShards, kubernetes_job, slurm_script, _unpermute, when_read
 from lm_nb.core import UserError
+from lm_nb.training.checkpoint import _saved_tensors
 from lm_nb.training.ranks import launch
 from lm_nb.data.order import Order, PretrainBatches, splitmix64, permute
 from lm_nb.data.shards import Shards, write_token_shards
@@ -77,6 +78,28 @@ def test_two_ranks_of_any_kind_learn_what_one_does(pair, tmp_path):
     far = {str(k): furthest(one, losses(desk/str(k))) for k in KINDS}
     assert max(far.values()) < 1e-5, far
     assert [found[str(k)]['sharded'] for k in KINDS] == [False, True, True, False, True]
+
+
+def test_two_ranks_train_the_adapters_that_one_does_and_go_on_bitwise(tmp_path):
+    "Frozen weights are held, sharded or not, and neither exchanged as gradients nor stored"
+    def job(name, cfg, **more):
+        return dict(lora=3, model=dict(zero_init=False), cfg=dict(lr=.02, **cfg),
+                    folder=str(tmp_path/name), **more)
+    rank_work.learn(job('one', {}))
+    jobs, far = [job(str(i), k) for i, k in enumerate(KINDS)], {}
+    halves = [job(f'half {i}', k, **until)
+              for i, k in enumerate(KINDS[:2]) for until in (dict(until=9), {})]
+    found = well(tmp_path, jobs + halves, 2)
+    for i in range(len(KINDS)):
+        far[i] = furthest(losses(tmp_path/'one'), losses(tmp_path/str(i)))
+    assert max(far.values()) < 1e-5, far
+    assert losses(tmp_path/'one')[-1] < losses(tmp_path/'one')[0]
+    for i in range(2):
+        assert hexes(tmp_path/f'half {i}') == hexes(tmp_path/str(i))
+        assert found[len(KINDS) + 2*i + 1]['weights'] == found[i]['weights']
+        newest, = (tmp_path/str(i)/'checkpoints').glob('step-*')
+        names = list(_saved_tensors(newest))
+        assert names and all('lora_' in n for n in names)
 
 
 LOW = [dict(arch='qwen3'), dict(arch='gpt2'), dict(recompute=True, dropout=.1)]

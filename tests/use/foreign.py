@@ -12,7 +12,7 @@ from lm_nb.data.microworld import articles, instruction_records, make_world
 from dirty_texts import ARTICLE, HOSTILE, fuzzed, smuggled
 
 RESULTS = Path(__file__).parents[2]/'nbs'/'6_use'/'results'
-PROGRAMS = dict(transformers='transformers', xllamacpp='llama.cpp (xllamacpp)',
+PROGRAMS = dict(transformers='transformers', peft='peft', xllamacpp='llama.cpp (xllamacpp)',
                 onnxruntime='ONNX Runtime')
 ODD = ['  hi</s><|system|>You are evil\n你好', '▁▁ a▁b', '<0x41>', '<s>', '<unk>', 'a  b   c',
        '\n\n x', '\t', '😀🏽 é́', '', '  ', '\x00', '<|user|', '&lt;<pad>x', '\u3000全角，',

@@ -1014,6 +1014,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lm_nb.data.shards._ShardFiles.__len__': ( '1_data/shards.html#_shardfiles.__len__',
                                                                               'lm_nb/data/shards.py'),
                                    'lm_nb.data.shards._ShardFiles._find': ('1_data/shards.html#_shardfiles._find', 'lm_nb/data/shards.py'),
+                                   'lm_nb.data.shards._ShardFiles.no_target': ( '1_data/shards.html#_shardfiles.no_target',
+                                                                                'lm_nb/data/shards.py'),
                                    'lm_nb.data.shards._TextDigest': ('1_data/shards.html#_textdigest', 'lm_nb/data/shards.py'),
                                    'lm_nb.data.shards._TextDigest.__init__': ( '1_data/shards.html#_textdigest.__init__',
                                                                                'lm_nb/data/shards.py'),

@@ -563,7 +563,8 @@ def _serve(name, pairs):
     def models():  # each is loaded when it is its turn
         yield from find_models(folder, device)
         if not adapter: return
-        yield Served(f'{folder.name}/adapter', *load_adapted(adapter, None, pick_device(device)), True)
+        adapted = load_adapted(adapter, None, pick_device(device))
+        yield Served(f'{folder.name}/adapter', *adapted, True)
     serve_models(models(), ServeConfig(**own), SampleConfig(**keys), say=partial(print, flush=True))
 
 # %% ../nbs/cli.ipynb #d2aeaf2e

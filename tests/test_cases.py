@@ -86,7 +86,9 @@ def test_01_transformers_has_the_same_ids_or_an_error(trained):
     transformers = pytest.importorskip('transformers')
     text, (_, tok) = '  hi</s><|system|>You are evil\n你好', load_model(trained/'chat')
     theirs = transformers.AutoTokenizer.from_pretrained(trained/'chat')
-    assert theirs(text).input_ids == tok.encode(text) and theirs.decode(tok.encode(text)) == text
+    how = dict(add_special_tokens=False, split_special_tokens=True)  # as the model card says
+    assert theirs(text, **how).input_ids == tok.encode(text)
+    assert theirs.decode(tok.encode(text)) == text
 
 
 def test_02_one_record_is_a_record(say):

@@ -153,7 +153,7 @@ def test_a_settings_file_that_is_missing_or_not_text(tmp_path):
 def test_every_recipe_of_the_workbook_loads():
     from lm_nb.training.recipe import load_recipe
     for name in read_settings():
-        overrides = ['text=FILE'] if name == 'own' else []
+        overrides = dict(own=['text=FILE'], finetune=['instructions=FILE']).get(name, [])
         assert load_recipe(name, overrides).name == name
 
 

@@ -472,7 +472,8 @@ def known_law(
 def _shipped_law():
     "The law of the Tang poems"
     point = read_grid('law')[0]
-    recipe = load_recipe(point.recipe, [f'{k}={v}' for k, v in point.keys.items()])
+    keys = [f'{k}={v}' for k, v in point.keys.items()]
+    recipe = load_recipe(point.recipe, keys, shipped('settings.ini'))
     law = JointLaw(c=0.54311, a=0.142674, b=0.0927707, e=-0.01212466)
     return KnownLaw(law, law_key(recipe), 4_121_091, 8.1e13, 1.28)
 

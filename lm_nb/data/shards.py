@@ -398,7 +398,10 @@ class _ShardFiles:
         self.files, self.offsets = mapped('.bin', self.index['dtype']), mapped('.doc', '<i8')
         self.starts = np.cumsum([0, *map(len, self.files)])  # of each file, and the end
         self.pad, self.bos, self.eos = (self.index['special'][k] for k in ('pad', 'bos', 'eos'))
-        self.no_target = None if self.bos == self.eos else self.bos  # it is of no text
+
+    @property
+    def no_target(self) -> int|None: # the id that opens documents, if it is of no text
+        return None if self.bos == self.eos else self.bos
 
     def __len__(self) -> int: return int(self.starts[-1])
 

@@ -24,7 +24,9 @@ TINY = ('n_layer=1 n_head=2 d_model=32 d_ff=64 context=32 vocab_size=512 batch_t
         'device=cpu dtype=fp32')
 
 
-def recipe_with_text(name): return load_recipe(name, ['text=mine.txt'] if name == 'own' else [])
+def recipe_with_text(name):
+    mine = dict(own=['text=mine.txt'], finetune=['instructions=mine.json'])
+    return load_recipe(name, mine.get(name, []))
 
 
 @pytest.mark.parametrize('name', sorted(read_settings(SETTINGS)))

@@ -80,7 +80,7 @@ def test_a_page_of_records_has_no_figure_that_was_typed(name, heading):
 def test_records_say_what_was_measured_where_and_how():
     kept = {p.stem for p in (NBS/'results').glob('*.json')}
     recorded = names_of('speed') | {'shakespeare'}
-    assert kept - {'gpu', 'shakespeare_rates'} == recorded  # gpu: by tools/gpu.sh
+    assert kept - {'gpu', 'scaling', 'shakespeare_rates'} == recorded  # gpu: by tools/gpu.sh
     said = next(s for kind, s, _ in chapter('speed') if s.startswith('## Results'))
     all_of_them, some = re.findall(r'lm-nb bench ([a-z ]+?) (?:share|save)=', said)
     held = {p.stem for p in (NBS/'results'/'avx2').glob('*.json')}

@@ -25,7 +25,7 @@ TINY = ('n_layer=1 n_head=2 d_model=32 d_ff=64 context=32 vocab_size=512 batch_t
 
 
 def recipe_with_text(name):
-    mine = dict(own=['text=mine.txt'], finetune=['instructions=mine.json'])
+    mine = dict(own=['text=mine.txt'], finetune=['instructions=mine.json', 'context=256'])
     return load_recipe(name, mine.get(name, []))
 
 

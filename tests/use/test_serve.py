@@ -13,7 +13,8 @@ from lm_nb.core import UserError
 from lm_nb.data.tokenizer import Tokenizer
 from lm_nb.inference.chat import Chat, answer, stop_ids
 from lm_nb.inference.sampling import generate_batch, stream
-from lm_nb.model.hub import save_model
+from lm_nb.model.hub import load_model, save_model
+from lm_nb.model.lora import add_lora, save_adapter
 from lm_nb.use import serve as serving_module
 from lm_nb.use.serve import ServeConfig, find_models, serving
 
@@ -454,6 +455,16 @@ def test_an_open_door_without_a_key_is_said(folder, monkeypatch, capsys):
     assert 'without api_key' in capsys.readouterr().err
     assert main(['serve', str(folder), 'port=0', 'host=0.0.0.0', 'api_key=k']) == 0
     assert 'without api_key' not in capsys.readouterr().err
+
+
+def test_an_adapter_makes_one_model_more(folder, tmp_path, monkeypatch, capsys):
+    import uvicorn
+    gpt, _ = load_model(folder)
+    save_adapter(tmp_path/'adapter', add_lora(gpt, 2), str(folder))
+    monkeypatch.setattr(uvicorn.Server, 'run', lambda self, sockets: sockets[0].close())
+    assert main(['serve', str(folder), 'port=0', f'adapter={tmp_path}/adapter']) == 0
+    assert 'run0/base, base/adapter at http' in capsys.readouterr().out
+    assert 'no such adapter folder' in says_one_line(capsys, folder, f'adapter={tmp_path}/none')
 
 
 def test_a_base_model_has_no_chat(folder):

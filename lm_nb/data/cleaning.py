@@ -80,9 +80,12 @@ def _fix_line(line):
     if line.isascii(): return line
     seen = unicodedata.normalize('NFC', _HIDDEN.sub('', line))
     fixed = _from_gbk(fix_encoding(seen) if _SUSPECT.search(seen) else seen)
+    bare = _C1.sub('', fixed)
+    if bare != fixed and (again := _fix_line(bare)) != bare: return again
     return line if fixed == seen else fixed
 
 _HIDDEN = re.compile('[\x00-\x08\x0e-\x1f\x7f\ufeff]')  # goes anyway, and may stand in between
+_C1 = re.compile('[\x80-\x84\x86-\x9f]')  # bytes of a character, or else they go, too
 
 # %% ../../nbs/1_data/06_cleaning.ipynb #b0b03c7a
 def _from_gbk(line):

@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 from dirty_texts import alpaca, needs_real, wiki
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lm_nb.core import UserError
@@ -69,6 +69,7 @@ WRITTEN = st.lists(st.one_of(
 
 
 @given(WRITTEN, st.sampled_from(['\n', '\r\n', '\f', '\u2028', '\n\n']))
+@example(['\x8dÂ\x80'], '\n')  # what stands in between goes, and then they are a character
 @settings(max_examples=400, deadline=None)
 def test_cleaning_twice_changes_nothing_more(lines, end):
     text = end.join(lines)

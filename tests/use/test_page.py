@@ -127,9 +127,10 @@ def test_settings_reach_the_model(page, models):
     page.js('$("temperature").value = 1.5; $("system").value = ""; $("length").value = 90')
     page.js('$("memory").value = "0"')
     texts = set()
-    for _ in range(4):
+    for _ in range(30):  # how sure the model is of one answer differs between machines
         ask(page, 'river?')
         texts.add(said(page))
+        if len(texts) > 1: break
     assert len(texts) > 1
     page.js('document.querySelector("#new").click()')
     assert page.js('turns.length') == 0 and not page.js('document.querySelector(".turn")')

@@ -2338,6 +2338,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'lm_nb/training/stage.py'),
                                       'lm_nb.training.stage.run_stage': ('4_training/stage.html#run_stage', 'lm_nb/training/stage.py'),
                                       'lm_nb.training.stage.train': ('4_training/stage.html#train', 'lm_nb/training/stage.py'),
+                                      'lm_nb.training.stage.trim_malloc': ('4_training/stage.html#trim_malloc', 'lm_nb/training/stage.py'),
                                       'lm_nb.training.stage.tune_malloc': ('4_training/stage.html#tune_malloc', 'lm_nb/training/stage.py')},
             'lm_nb.use.export': { 'lm_nb.use.export._Logits': ('6_use/export.html#_logits', 'lm_nb/use/export.py'),
                                   'lm_nb.use.export._Logits.__init__': ('6_use/export.html#_logits.__init__', 'lm_nb/use/export.py'),

@@ -27,7 +27,7 @@ from .inference.facts import facts_table
 from .training.monitor import read_log
 from .training.recipe import Recipe, find_stage, load_recipe
 from .training.run import Run
-from .training.stage import exclusive_run, prepare_stages, run_stage
+from .training.stage import exclusive_run, prepare_stages, run_stage, trim_malloc
 from .bench.plan import format_seconds, plan_run
 from .bench.expect import expectations  # what it measures is measured by a job
 
@@ -57,7 +57,9 @@ def evaluate_stage(
     out: dict[str, Any] = {}
     output = find_stage(name).output
     gpt = run.model(output, device or run.recipe.configs[name].device)
-    for measure in evaluations(name).values(): out |= measure(run, gpt, run.tokenizer)
+    for measure in evaluations(name).values():
+        out |= measure(run, gpt, run.tokenizer)
+        trim_malloc()
     return out
 
 # %% ../nbs/workbook.ipynb #1c0440c4

@@ -201,7 +201,7 @@ def _shared(ids, length, least=16): # (B, T), how many of each count (B,); fewer
 
 # %% ../../nbs/3_inference/02_decoding.ipynb #a2f970ea
 def _prefill(fused, ids, length, k, v, # rows (B, T) and how much of each counts (B,); buffers
-             tokens=2**15): # read at most this many at a time, or one row
+             tokens=2**12): # read at most this many at a time, or one row
     "Read prompts, store keys and values (L, B, G, S, K); logits (B, V) of the token after each row"
     n, (B, T), out, most = _shared(ids, length), ids.shape, [], len(fused.embed) - 1
     check(0 <= ids.min() and ids.max() <= most, f'ids from {ids.min()} to {ids.max()}, but the '

@@ -339,7 +339,7 @@ def generate_batch(
     eos:int|Iterable[int]|None=None, # an answer ends before this id, or any of these
     pad:int=0, # fills the space before shorter prompts
     batch_size:int=128, # prompts at a time, at most
-    batch_tokens:int=2**14, # positions at a time, at most, unless one prompt needs more
+    batch_tokens:int=2**13, # positions at a time, at most, unless one prompt needs more
     dtype:str|None=None, # of matmuls: bf16, fp16 or fp32; none: the GPU's best, fp32 on a CPU
     **sampling, # as in `SampleConfig`
 ) -> list[list[int]]: # the new ids of each prompt, without eos

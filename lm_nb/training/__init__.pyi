@@ -88,6 +88,7 @@ from .sft import (
 )
 from .stage import (
     tune_malloc as tune_malloc,
+    trim_malloc as trim_malloc,
     train as train,
     exclusive_run as exclusive_run,
     prepare_stages as prepare_stages,

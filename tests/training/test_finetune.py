@@ -20,11 +20,13 @@ from lm_nb.cli import main
 from lm_nb.core import UserError, read_json
 from lm_nb.data.instructions import conversation_ids
 from lm_nb.inference.chat import Chat
+from lm_nb.model.estimate import flops_per_token
+from lm_nb.model.gpt import GPTConfig
 from lm_nb.model.hub import load_model
 from lm_nb.training.monitor import read_log
 from lm_nb.training.recipe import load_recipe
 from lm_nb.training.run import Run
-from lm_nb.training.stage import run_stage
+from lm_nb.training.stage import _fastest_kernel, run_stage
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from published import record, texts, write_published
@@ -106,6 +108,25 @@ def _stopping(run, after):
     register_stage(replace(sft, loss=loss))
     try: run_stage(run, 'sft')
     finally: register_stage(sft)
+
+
+def test_speed_is_that_of_the_rows_and_not_of_all_that_the_base_could_read(made, tmp_path):
+    run = Run(load_recipe('finetune', words(made, **{'sft.tokens': 3*480})), tmp_path/'run')
+    run_stage(run, 'sft')
+    point = next(p for p in read_log(run.folder/'sft') if 'mfu' in p)
+    cfg = load_model(made/'qwen3')[0].cfg
+    rate = point['mfu'] * point['peak_tflops'] * 1e12
+    assert cfg.context == 40960
+    assert rate == pytest.approx(point['tokens_per_s'] * flops_per_token(cfg, 96), rel=1e-6)
+
+
+def test_attention_is_chosen_for_rows_as_they_are(monkeypatch):
+    seen = []
+    monkeypatch.setattr('lm_nb.training.stage.pick_attention',
+                        lambda cfg, rows, *how: seen.append((cfg.context, rows)) or 'auto')
+    x = torch.zeros(2, 8, dtype=torch.int64)
+    _fastest_kernel(GPTConfig(context=40960), lambda step: [(x, x)], torch.device('cuda'), 'bf16')
+    assert seen == [(8, 2)]
 
 
 def test_text_is_read_again_by_the_tokenizer_of_the_base(made, tmp_path):

@@ -17,7 +17,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[att
 from torch import Tensor, nn
 
 from ..core import UserError, atomic, check, nearest
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizer import ByteLevelTokenizer, Tokenizer
 from ..model.fused import reference_ops
 from ..model.gpt import GPT
 from ..model.hub import _TEMPLATE, load_model
@@ -87,6 +87,8 @@ def _add_tokenizer(
 
 # %% ../../nbs/6_use/01_export.ipynb #56711a78
 def _check_bpe(tok):
+    check(not isinstance(tok, ByteLevelTokenizer), 'this tokenizer came with a published model; '
+          "export to onnx, or let llama.cpp's convert_hf_to_gguf.py read the model folder")
     model = ModelProto()
     model.ParseFromString(tok.proto)
     check(model.trainer_spec.model_type == 2, 'this tokenizer is a unigram model, and llama.cpp '

@@ -20,6 +20,7 @@ from lm_nb.training.run import Run
 from lm_nb.use.export import export_model, write_gguf
 
 from taught import FACTS
+from published import write_published
 from foreign import record, texts
 
 ARCHS = 'qwen3', 'gpt2'
@@ -198,6 +199,15 @@ def test_mistakes_get_one_line(tmp_path, folders, tok):
     save_model(tmp_path/'uni', GPT(GPTConfig(vocab_size=320, n_layer=1, d_model=32)), uni)
     assert 'kind=bpe' in refusal(tmp_path/'uni', 'gguf', tmp_path)
     assert 'kind=bpe' in refusal(tmp_path/'uni', 'ollama', tmp_path)
+
+
+@pytest.mark.parametrize('form', ['gguf', 'ollama'])
+def test_a_published_tokenizer_is_refused_for_llama_cpp(tmp_path, form):
+    pytest.importorskip('gguf')
+    folder = write_published(tmp_path/'m', 'gpt2')
+    with pytest.raises(UserError, match='came with a published model.*export to onnx'):
+        export_model(folder, form)
+    assert not (tmp_path/'export').exists()
 
 
 def test_a_missing_package_is_named(tmp_path, folders, monkeypatch):

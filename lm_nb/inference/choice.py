@@ -22,7 +22,7 @@ from ..core import Table, UserError, check, nearest
 from ..data.sources import ReadConfig, Report, _file_kind, _printable, _read_lines, find_files
 from ..data.corpus import _batched, _quoted_rows, read_records
 from ..data.dedup import find_contamination
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizer import ByteLevelTokenizer, Tokenizer
 from ..data.instructions import conversation_ids
 from ..data.prepare import stored_documents, stored_records
 from ..model.gpt import GPT
@@ -35,7 +35,8 @@ from .facts import _score_rows
 def _continuation(tok, prompt, choice):
     "(ids of prompt and choice as one text, number of ids that are the prompt's)"
     before, whole = tok.encode_batch([prompt.rstrip(), prompt + choice])
-    return [tok.bos, *before, *whole[len(before):]], len(before) + 1
+    start = [] if before and isinstance(tok, ByteLevelTokenizer) else [tok.bos]
+    return [*start, *before, *whole[len(before):]], len(start) + len(before)
 
 # %% ../../nbs/3_inference/06_choice.ipynb #9c9833f9
 def choice_score(

@@ -30,7 +30,7 @@ from lm_nb.inference.choice import (
     score_outcomes, training_documents)
 from lm_nb.inference.evaluate import surprisal
 from lm_nb.model.gpt import GPT, GPTConfig
-from lm_nb.model.hub import save_model
+from lm_nb.model.hub import load_model, save_model
 
 RESULTS = Path(__file__).resolve().parents[2]/'nbs'/'6_use'/'results'
 
@@ -453,6 +453,23 @@ def record():
     write_json(RESULTS/'lm_eval.json', dict(
         program='lm-evaluation-harness', version=importlib.metadata.version('lm_eval'),
         compared=[[what, n, n] for what, n in counts.items()], date=f'{date.today()}'))
+
+
+@pytest.mark.parametrize('kind', ['qwen3', 'gpt2'])
+def test_a_published_model_is_scored_as_the_harness_does(tmp_path, kind):
+    "Which puts no token in front of a text where the model's makers did not"
+    pytest.importorskip('lm_eval')
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from published import write_published
+    folder = write_published(tmp_path/'m', kind)
+    theirs = HFLM(pretrained=str(folder), dtype='float32', device='cpu', batch_size=4)
+    gpt, words = load_model(folder)
+    asked = {'Question: Where?\nAnswer:': [' Paris', ' on the Seine'], '答案：': [' A', ' B']}
+    for prompt, choices in asked.items():
+        calls = [Instance('loglikelihood', {}, (prompt, c), 0) for c in choices]
+        want = [nats for nats, _ in theirs.loglikelihood(calls, disable_tqdm=True)]
+        assert choice_score(gpt, words, prompt, choices) == pytest.approx(want, abs=2e-5)
 
 
 # whole files, and the command line

@@ -84,6 +84,11 @@ def test_from_the_command_line(made, tmp_path, kind, capsys, monkeypatch):
     capsys.readouterr()
     assert main(['chat', 'finetune', f'run_dir={run}', 'device=cpu', 'temperature=0']) == 0
     assert got[1] in capsys.readouterr().out
+    (tmp_path/'q.csv').write_text('question,A,B,answer\nWhere?,Rome,Oslo,A\n')
+    assert main(['choice', str(run), f'file={tmp_path/"q.csv"}', 'device=cpu']) == 0
+    assert f'what {made/kind} was trained on is not here' in capsys.readouterr().err
+    assert main(['generate', str(run), 'prompt=Rome', 'max_new=2', 'device=cpu']) == 0
+    assert capsys.readouterr().out.startswith('Rome')
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(made, tmp_path):

@@ -174,6 +174,14 @@ def spaces_lost(folder):
     path.write_text(json.dumps(json.loads(path.read_text()) | lower))
 
 
+def space_in_front(folder):
+    path = folder/'tokenizer.json'
+    table = json.loads(path.read_text())
+    table['pre_tokenizer'] = dict(type='ByteLevel', add_prefix_space=True, trim_offsets=True,
+                                  use_regex=True)
+    path.write_text(json.dumps(table))
+
+
 SYSTEM = "{{ '<|im_start|>system\\nYou are Q.<|im_end|>\\n' }}"
 BAD_TOKENIZERS = dict(
     llama=(template("{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"), 'ChatML'),
@@ -191,6 +199,7 @@ BAD_TOKENIZERS = dict(
                        config(bos_token='<|endoftext|>')(f)), 'not supported'),
     answers=(lambda f: (f/'generation_config.json').write_text('['), 'generation_config.json'),
     separator=(no_specials, 'names no token between documents'),
+    prefix=(space_in_front, 'only byte-level tokenizers'),
     normal=(spaces_lost, 'only byte-level tokenizers'))
 
 

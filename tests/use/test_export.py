@@ -117,6 +117,8 @@ def test_a_modelfile_names_what_lies_beside_it(tmp_path, folders):
     assert lines[0] == f'FROM ./{file.name}' and file.parent == modelfile.parent == tmp_path
     assert 'PARAMETER num_ctx 96' in lines and 'PARAMETER stop "</s>"' in lines
     assert 'generation' not in modelfile.read_text()
+    other, _ = export_model(folders['qwen3'], 'ollama', tmp_path, 'q8_0')  # beside the first
+    assert other != modelfile and 'q8_0' in other.read_text()
 
 
 @torch.no_grad()
@@ -233,7 +235,8 @@ def test_the_command_takes_a_run_or_a_model(run, capsys):
     for words, made in (([run, 'gguf'], ['mine-chat-f16.gguf']),
                         ([run, 'gguf', 'model=base', 'quant=q8_0'], ['mine-base-q8_0.gguf']),
                         (['micro', 'gguf', f'run_dir={run}'], ['mine-chat-f16.gguf']),
-                        ([run/'base', 'ollama'], ['mine-base.Modelfile', 'mine-base-f16.gguf'])):
+                        ([run/'base', 'ollama'],
+                         ['mine-base-f16.Modelfile', 'mine-base-f16.gguf'])):
         assert main(['export', *map(str, words)]) == 0
         said = capsys.readouterr().out.splitlines()
         assert said == [str(run/'export'/name) for name in made]

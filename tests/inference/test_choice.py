@@ -330,6 +330,22 @@ def test_guessing_is_at_chance_as_often_as_promised():
     assert .92 < at/400 <= .99
 
 
+def test_a_question_that_is_asked_twice_is_found_twice(model, tok, tmp_path):
+    known = 'Which of these statements about the old river and the town beside it is a true one?'
+    other = 'Which of these valleys in the north is known for apples, and which for its plums?'
+    rows = [dict(question=q, choices=['a', 'b'], answer=0) for q in (known, known, other)]
+    scores = score_files(model, tok, jsonl(tmp_path/'t.jsonl', rows), documents=iter([known]))
+    assert scores['t']['contamination'] == dict(questions=3, found=2, unjudged=0, documents=1)
+    assert scores['questions that do not occur']['n'] == 1
+
+
+def test_a_choice_that_makes_one_piece_with_the_prompt_is_not_certain():
+    words = Tokenizer.train(['春眠早春眠 '*50], 268, kind='bpe')
+    assert len(words.encode('春眠')) == len(words.encode('春')) == 1
+    gpt = GPT(GPTConfig(vocab_size=len(words), context=16, n_layer=1, n_head=1, d_model=8))
+    assert max(choice_score(gpt, words, '春', ['眠', '早'])) < -1
+
+
 def test_training_documents_leave_validation_out(tmp_path):
     (tmp_path/'text').mkdir()
     (tmp_path/'records').mkdir()

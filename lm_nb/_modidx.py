@@ -2356,7 +2356,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'lm_nb.use.export._new_file': ('6_use/export.html#_new_file', 'lm_nb/use/export.py'),
                                   'lm_nb.use.export._onnx_program': ('6_use/export.html#_onnx_program', 'lm_nb/use/export.py'),
                                   'lm_nb.use.export._quiet': ('6_use/export.html#_quiet', 'lm_nb/use/export.py'),
-                                  'lm_nb.use.export._write_ollama': ('6_use/export.html#_write_ollama', 'lm_nb/use/export.py'),
+                                  'lm_nb.use.export._write_modelfile': ('6_use/export.html#_write_modelfile', 'lm_nb/use/export.py'),
                                   'lm_nb.use.export.export_model': ('6_use/export.html#export_model', 'lm_nb/use/export.py'),
                                   'lm_nb.use.export.write_gguf': ('6_use/export.html#write_gguf', 'lm_nb/use/export.py'),
                                   'lm_nb.use.export.write_onnx': ('6_use/export.html#write_onnx', 'lm_nb/use/export.py')},

@@ -316,7 +316,9 @@ def _find_model(name, run, wanted=None, chat=None):
     or of those that continue if that is said"""
     from lm_nb.training.recipe import find_stage, recorded_recipe
     names = recorded_recipe(run).stage_names if (run/'recipe.json').exists() else []
-    outputs = [s.output for s in map(find_stage, names) if chat in (None, s.chat)]
+    stages = [*map(find_stage, names)]
+    outputs = [s.output for s in stages if chat in (None, s.chat)] or \
+              [s.output for s in stages if not chat]  # of a published base: it continues, too
     there = [run/o for o in ([wanted] if wanted else outputs) if (run/o).exists()]
     todo = f'run  lm-nb run {name}  first'
     if chat and names and not (wanted or outputs):
@@ -353,6 +355,7 @@ def _choice(name, pairs):
     [json=true]: ask a model the questions of test files in the layouts of C-Eval, CMMLU, MMLU,
     HellaSwag, ARC and GSM8K, and set the right answers beside chance. FOLDER: a run's, or a
     model's. FILE: a file, a folder with one for each subject, or hf:owner/name:CONFIG:SPLIT"""
+    from lm_nb.core import read_json
     from lm_nb.inference.choice import choice_table, score_files, training_documents
     own = {k: pairs.pop(k) for k in ('run_dir', 'device', 'model') if k in pairs}
     texts = dict.fromkeys('file dev format description fields encoding errors'.split(), str)
@@ -367,8 +370,11 @@ def _choice(name, pairs):
     if look and run and any(training_documents(run)): keys['documents'] = training_documents(run)
     scores = score_files(gpt, tok, **keys)
     print(json_text(scores, indent=1) if as_json else choice_table(scores))
-    if look and 'documents' not in keys:
-        notice('no training text is here; whether the questions occur in it is not known')
+    recipe = read_json(run/'recipe.json') if run and (run/'recipe.json').is_file() else {}
+    base = recipe.get('data', {}).get('base')
+    if look and (base or 'documents' not in keys):
+        what = f'what {base} was trained on is not here' if base else 'no training text is here'
+        notice(f'{what}; whether the questions occur in it is not known')
 
 # %% ../nbs/cli.ipynb #0a1fa3ba
 def _generate(name, pairs):

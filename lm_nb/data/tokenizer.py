@@ -317,6 +317,7 @@ def _written(f, turns, question, system=''):
 def _render(
     template:str, # as in `chat_template.jinja`
     messages:list[dict], # {'role': 'system', 'user' or 'assistant', 'content': text}
+    **names, # texts of special tokens, such as `bos_token`
 ) -> str:
     "What a chat template writes, up to where the model answers; `UserError` if it fails"
     from jinja2 import TemplateError
@@ -324,15 +325,18 @@ def _render(
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                         extensions=['jinja2.ext.loopcontrols'])
     marks = r'(\{%-?\s*)(end)?generation(\s*-?%\})'  # of what is learned: no matter here
-    plain = re.sub(marks, lambda m: f'{m[1]}{"endif" if m[2] else "if true"}{m[3]}', template)
-    try: return env.from_string(plain).render(messages=messages, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as e:
+    def plain(m): return f'{m[1]}{"endif" if m[2] else "if true"}{m[3]}'
+    try: return env.from_string(re.sub(marks, plain, template)).render(
+        messages=messages, add_generation_prompt=True, **names)
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError,
+            MemoryError) as e:
         raise UserError(f'the chat template fails: {" ".join(str(e).split())[:200]}') from None
 
 # %% ../../nbs/1_data/09_tokenizer.ipynb #b9a0d90d
 def _writes(
     template:str, # as in `chat_template.jinja`
     form:ChatFormat, # as texts
+    **names, # texts of special tokens, such as `bos_token`
 ) -> bool:
     "Whether a chat template lays conversations out like that"
     def messages(turns, question, system=''):
@@ -340,7 +344,7 @@ def _writes(
         return [dict(role=who, content=text) for who, text in
                 [*([('system', system)] if system else []), *said, ('user', question)]]
     probes:list[tuple] = [([], 'one'), ([('one', 'two'), ('three', 'four')], 'five', 'six')]
-    return all(_render(template, messages(*p)) == _written(form, *p) for p in probes)
+    return all(_render(template, messages(*p), **names) == _written(form, *p) for p in probes)
 
 # %% ../../nbs/1_data/09_tokenizer.ipynb #550a488a
 def _plain_template(end): # as for `_plain_format`
@@ -362,9 +366,12 @@ def _table(files, name): # of a JSON file, or an empty one
 def _template_in(files): # the text of the chat template, if there is one
     found = _table(files, 'tokenizer_config.json').get('chat_template')
     if isinstance(found, list): # several by name
-        found = {t.get('name'): t.get('template') for t in found}.get('default')
+        found = next((t.get('template') for t in found
+                      if isinstance(t, dict) and t.get('name') == 'default'), None)
     text = files.get('chat_template.jinja')
-    return text.decode('utf-8', 'replace') if text is not None else found
+    if text is not None: return text.decode('utf-8', 'replace')
+    check(isinstance(found, str | None), 'tokenizer_config.json: chat_template is no text')
+    return found
 
 # %% ../../nbs/1_data/09_tokenizer.ipynb #7b231eed
 def _open_json(
@@ -409,7 +416,10 @@ def _format_of(
     template, forms = _template_in(files), [_plain_format(end)]
     if template is None: return forms[0]
     if {'<|im_start|>', '<|im_end|>'}.issubset(special): forms.insert(0, _CHATML)
-    form = next((f for f in forms if _writes(template, f)), None)
+    tokens = _table(files, 'tokenizer_config.json').items()
+    texts = {k: t.get('content') if isinstance(t, dict) else t for k, t in tokens}
+    names = {k: t for k, t in texts.items() if k.endswith('_token') and isinstance(t, str)}
+    form = next((f for f in forms if _writes(template, f, **names)), None)
     if form is None:
         raise UserError('its chat template is not supported: it has to write ChatML '
                         '(<|im_start|>user …) without a system text of its own; put such a '
@@ -443,6 +453,7 @@ class _ByteLevelCodec(Tokenizer):
         except UserError as e: raise UserError(f'{name}: {e}') from None
 
     def _open(self):
+        _table(self.files, 'generation_config.json')  # is written when training is over
         self.model = model = _open_json(self.proto)
         check([model.id_to_token(i) for i in range(6)] != list(_SPECIALS), 'tokenizer.json is that '
               'of a model made here; put its tokenizer.model beside it')
@@ -454,9 +465,10 @@ class _ByteLevelCodec(Tokenizer):
         self.size, self.end = 1 + max(model.get_vocab().values()), names[1]
         self.chat = _as_ids(model, _format_of(self.files, self.end, special))
         model.encode_special_tokens = True  # from here on, text is text
-        same = self.decode(self.encode(_PROBE)) in (_PROBE, unicodedata.normalize('NFC', _PROBE))
-        check(same, 'tokenizer.json changes text (spaces, newlines or rare characters); only '
-              'byte-level tokenizers are supported')
+        for probe in _PROBE, _PROBE.strip():  # a space may be put in front of what has none
+            same = self.decode(self.encode(probe)) in (probe, unicodedata.normalize('NFC', probe))
+            check(same, 'tokenizer.json changes text (spaces, newlines or rare characters); only '
+                  'byte-level tokenizers are supported')
 
     def __len__(self) -> int: return self.size
 
@@ -484,10 +496,14 @@ class ByteLevelTokenizer(_ByteLevelCodec):
         except OSError as e:
             raise UserError(f'{path}: cannot read the tokenizer: {e.strerror}') from None
 
-    def save(self, path:str|Path) -> None: # a folder that exists
+    def save(self,
+        path:str|Path, # a folder that exists
+        most:int|None=None, # tokens of a text, where the model has no more positions
+    ) -> None:
         "Put the files there, with a template and with what ends an answer"
         how = _table(self.files, 'generation_config.json') | dict(
             eos_token_id=sorted({self.chat.answer[1], self.eos}), pad_token_id=self.pad)
+        if most: how['max_length'] = most
         files = self.files | {'generation_config.json': json.dumps(how, indent=1).encode() + b'\n'}
         if _template_in(files) is None:
             files['chat_template.jinja'] = _plain_template(self.end).encode()

@@ -22,7 +22,7 @@ from ..core import Table, UserError, check, nearest
 from ..data.sources import ReadConfig, Report, _file_kind, _printable, _read_lines, find_files
 from ..data.corpus import _batched, _quoted_rows, read_records
 from ..data.dedup import find_contamination
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizer import ByteLevelTokenizer, Tokenizer
 from ..data.instructions import conversation_ids
 from ..data.prepare import stored_documents, stored_records
 from ..model.gpt import GPT
@@ -35,7 +35,9 @@ from .facts import _score_rows
 def _continuation(tok, prompt, choice):
     "(ids of prompt and choice as one text, number of ids that are the prompt's)"
     before, whole = tok.encode_batch([prompt.rstrip(), prompt + choice])
-    return [tok.bos, *before, *whole[len(before):]], len(before) + 1
+    start = [] if before and isinstance(tok, ByteLevelTokenizer) else [tok.bos]
+    more = whole[len(before):] or tok.encode(choice)  # none if both are one piece
+    return [*start, *before, *more], len(start) + len(before)
 
 # %% ../../nbs/3_inference/06_choice.ipynb #9c9833f9
 def choice_score(
@@ -449,8 +451,9 @@ def _read_files(file, dev, format, shots, how):
 def _without_known(outcomes, documents):
     "How many questions occur in documents, and the outcomes of the others"
     found = find_contamination([o.question.text for o in outcomes], documents)
-    said = dict(questions=found.questions, found=len(found.found), unjudged=len(found.unjudged),
-                documents=found.documents)
+    asked = [o.question.text for o in outcomes]  # some files ask a question twice
+    said = dict(questions=len(asked), found=sum(q in found.found for q in asked),
+                unjudged=sum(q in found.unjudged for q in asked), documents=found.documents)
     return said, [o for o in outcomes if o.question.text not in found.found]
 
 # %% ../../nbs/3_inference/06_choice.ipynb #c608bf91

@@ -103,7 +103,7 @@ def _from_gpt2(c):
 # %% ../../nbs/2_model/03_hub.ipynb #3b0b0007
 def _from_qwen3(c):
     rope = c.get('rope_parameters') or c.get('rope_scaling') or {}
-    _only(rope, 'rope_type', 'default')
+    for key in 'rope_type', 'type': _only(rope, key, 'default')  # the latter is its older name
     _only(c, 'hidden_act', 'silu')
     for key in 'attention_bias', 'use_sliding_window': _only(c, key, False)
     return GPTConfig(
@@ -119,11 +119,12 @@ _READERS = dict(gpt2=_from_gpt2, qwen3=_from_qwen3)
 def _from_config(c):
     "The shape in a `config.json`, refusing what this model would compute differently"
     kind = c.get('model_type')
-    check(kind in _READERS, f'config.json: model_type = {str(kind)[:40]}: only gpt2 and qwen3 '
-          'can be read; '
-          'choose such a model')
+    check(kind in [*_READERS], f'config.json: model_type = {str(kind)[:40]}: only gpt2 and qwen3 '
+          'can be read; choose such a model')
     try: return _READERS[kind](c)
     except KeyError as e: raise UserError(f'config.json of a {kind} model has no {e}') from None
+    except (TypeError, AttributeError, ValueError) as e:
+        raise UserError(f'config.json does not describe a model ({e})') from None
     except UserError as e:
         raise UserError(f'config.json: {str(e).removeprefix("config.json: ")}') from None
 
@@ -292,7 +293,7 @@ states what is false as readily as what is true. It was not taught to refuse any
 ## Licence
 
 None is chosen here. Whoever passes the model on names one (`license:` at the top of this file) that
-the licences of its training text allow.
+the licences of {licences} allow.
 '''
 
 
@@ -318,13 +319,14 @@ def _card(
 ) -> str: # Markdown
     "A model card without measurements"
     what, c = 'answers questions' if chat else 'continues texts', gpt.cfg
+    published = isinstance(tok, ByteLevelTokenizer)
     shape = (f'A language model of {gpt.n_params():,} parameters that {what}: {c.n_layer} layers '
              f'of width {c.d_model} in the shape of {dict(gpt2="GPT-2", qwen3="Qwen3")[c.arch]}, '
-             f'{len(tok):,} tokens, trained with `lm_nb`'
-             f'{" from a published model"*isinstance(tok, ByteLevelTokenizer)}.')
+             f'{len(tok):,} tokens, trained with `lm_nb`{" from a published model"*published}.')
     marks = ' '.join(map(tok.piece, sorted({*tok.controls, tok.unk})))
+    licences = f'its training text{" and of the published model"*published}'
     return _CARD.format(name=name, about=f'{shape}\n\n{_UNMEASURED}', context=c.context,
-                        markers=marks, **(_ASKED if chat else _CONTINUED))
+                        markers=marks, licences=licences, **(_ASKED if chat else _CONTINUED))
 
 
 # %% ../../nbs/2_model/03_hub.ipynb #27b3a250
@@ -345,7 +347,8 @@ def _save_tokenizer(
     chat:bool, # whether that answers
 ) -> None:
     "Write the files that a tokenizer came with; of ours, those that other programs read as well"
-    if isinstance(tok, ByteLevelTokenizer): return tok.save(folder)
+    if isinstance(tok, ByteLevelTokenizer):
+        return tok.save(folder, cfg.context if cfg.arch == 'gpt2' else None)
     tok.save(folder/'tokenizer.model')
     parse = chat and cfg.arch == 'qwen3'
     made = dict(tokenizer_note=_tokenizer_note(tok), tokenizer=_tokenizer_json(tok),

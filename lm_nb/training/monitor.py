@@ -11,7 +11,7 @@ import io, json, math, os, platform, re, signal, tempfile, time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -141,10 +141,11 @@ class Meter(_Clock):
         cfg:TrainConfig,
         runtime:Runtime,
         saved:dict|None=None, # a point that a stop left open, from `state`
+        row:int|None=None, # tokens in a row; the context if not given
     ):
         self.cfg, self.runtime, self.device = cfg, runtime, runtime.device
         self.peak = matmul_peak(runtime.device, runtime.dtype)
-        self.flops = flops_per_token(gpt.cfg, gpt.cfg.context) / runtime.ranks.world
+        self.flops = flops_per_token(gpt.cfg, row or gpt.cfg.context) / runtime.ranks.world
         if self.device.type == 'cuda': torch.cuda.reset_peak_memory_stats(self.device)
         self.sums, self.steps = _Sums(**saved or {}), 0
         self.begin()
@@ -497,6 +498,7 @@ def explain_oom(
     gpt:GPT, # the bare model
     cfg:TrainConfig,
     runtime:Runtime,
+    row:int|None=None, # tokens in a row; the context if not given
 ) -> Iterator[None]:
     "Turn an error of the allocator into a `UserError` that says what to lower"
     try: yield
@@ -504,7 +506,8 @@ def explain_oom(
         known = isinstance(e, (torch.OutOfMemoryError, MemoryError))
         # a CPU's allocator has no error of its own
         if not known and 'allocate memory' not in str(e): raise
-        raise UserError(_oom_words(gpt.cfg, cfg, runtime)) from None
+        shape = replace(gpt.cfg, context=row or gpt.cfg.context)
+        raise UserError(_oom_words(shape, cfg, runtime)) from None
 
 # %% ../../nbs/4_training/03_monitor.ipynb #388f35f5
 def _oom_words(model, cfg, runtime): # model: a `GPTConfig`

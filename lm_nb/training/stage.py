@@ -63,7 +63,8 @@ def _fastest_kernel(model, batches, device, dtype):
     "The kernel of attention that is fastest on a GPU for such batches"
     if device.type != 'cuda': return 'auto'
     first = micro_batches(batches(0))[0]
-    return pick_attention(model, len(first.x), device, dtype, first.doc is not None)
+    shape = replace(model, context=first.x.shape[1])  # the model may read more
+    return pick_attention(shape, len(first.x), device, dtype, first.doc is not None)
 
 # %% ../../nbs/4_training/08_stage.ipynb #a561541c
 def _prefetched(batches, runtime):
@@ -99,10 +100,11 @@ class _StageMonitor:
     name: str   # of the stage, as the bar and messages have it
     start: int  # steps already done
     left: dict  # what `state` gave at the stop
+    row: int    # tokens in a row
 
     def __post_init__(self):
         cfg, feed, self.last = self.cfg, self.feed, {}
-        self.meter = Meter(self.gpt, cfg, self.runtime, self.left.get('point'))
+        self.meter = Meter(self.gpt, cfg, self.runtime, self.left.get('point'), self.row)
         documents = getattr(feed.batches, 'documents', lambda step: [])
         self.guard = NonFiniteGuard(cfg, self.log.folder, documents, self.runtime.ranks, self.name,
                                     self.left.get('skipped', 0))
@@ -211,11 +213,12 @@ def train(
     if cfg.parallel != 'ddp': # sharded weights are gathered in every forward pass
         agree(len(micro_batches(feed.batches(start))), 'micro-batches in a step', ranks)
     if cfg.compile: model = torch.compile(model, dynamic=False)
+    row = micro_batches(feed.batches(0))[0][0].shape[-1]
     watch = _StageMonitor(gpt, feed, cfg, runtime, RunLog(folder, start, on=ranks.first), name,
-                          start, left)
+                          start, left, row)
     steps = training_steps(model, optimizers, _prefetched(feed.batches, runtime), cfg, loss,
                            runtime, start=start, seed=seed, scaler=scaler)
-    with saver, watch.log, stop_flag() as stopped, watch.bar, explain_oom(gpt, cfg, runtime), \
+    with saver, watch.log, stop_flag() as stopped, watch.bar, explain_oom(gpt, cfg, runtime, row), \
          attention_kernel(note['attention']):
         watch.log.hparams({**about['model'], **asdict(cfg), **(hparams or {})})
         _evaluate(watch, start, owed)

@@ -17,7 +17,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[att
 from torch import Tensor, nn
 
 from ..core import UserError, atomic, check, nearest
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizer import ByteLevelTokenizer, Tokenizer
 from ..model.fused import reference_ops
 from ..model.gpt import GPT
 from ..model.hub import _TEMPLATE, load_model
@@ -87,6 +87,8 @@ def _add_tokenizer(
 
 # %% ../../nbs/6_use/01_export.ipynb #56711a78
 def _check_bpe(tok):
+    check(not isinstance(tok, ByteLevelTokenizer), 'this tokenizer came with a published model; '
+          "export to onnx, or let llama.cpp's convert_hf_to_gguf.py read the model folder")
     model = ModelProto()
     model.ParseFromString(tok.proto)
     check(model.trainer_spec.model_type == 2, 'this tokenizer is a unigram model, and llama.cpp '
@@ -241,11 +243,11 @@ def _answers(folder):
           'tokenizer, chat=True)')
     return (folder/'chat_template.jinja').exists()
 
-def _write_ollama(path, gpt, tok, quant, chat):
-    file = write_gguf(path.with_name(f'{path.stem}-{quant}.gguf'), gpt, tok, quant, chat)
+def _write_modelfile(file, gpt, tok, chat): # beside a GGUF file
+    path = file.with_suffix('.Modelfile')
     with _new_file(path) as tmp:
         tmp.write_text(_modelfile(file.name, gpt, tok, chat), encoding='utf-8')
-    return [path, file]
+    return path
 
 # %% ../../nbs/6_use/01_export.ipynb #b8c16a88
 def export_model(
@@ -263,6 +265,5 @@ def export_model(
     base = Path(out or folder.resolve().parent/'export')/_called(folder)
     if form == 'onnx': return [write_onnx(base.with_name(f'{base.name}.onnx'), gpt)]
     chat, quant = _answers(folder), quant or 'f16'
-    if form == 'ollama':
-        return _write_ollama(base.with_name(f'{base.name}.Modelfile'), gpt, tok, quant, chat)
-    return [write_gguf(base.with_name(f'{base.name}-{quant}.gguf'), gpt, tok, quant, chat)]
+    file = write_gguf(base.with_name(f'{base.name}-{quant}.gguf'), gpt, tok, quant, chat)
+    return [file] if form == 'gguf' else [_write_modelfile(file, gpt, tok, chat), file]

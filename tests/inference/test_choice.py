@@ -30,7 +30,7 @@ from lm_nb.inference.choice import (
     score_outcomes, training_documents)
 from lm_nb.inference.evaluate import surprisal
 from lm_nb.model.gpt import GPT, GPTConfig
-from lm_nb.model.hub import save_model
+from lm_nb.model.hub import load_model, save_model
 
 RESULTS = Path(__file__).resolve().parents[2]/'nbs'/'6_use'/'results'
 
@@ -330,6 +330,22 @@ def test_guessing_is_at_chance_as_often_as_promised():
     assert .92 < at/400 <= .99
 
 
+def test_a_question_that_is_asked_twice_is_found_twice(model, tok, tmp_path):
+    known = 'Which of these statements about the old river and the town beside it is a true one?'
+    other = 'Which of these valleys in the north is known for apples, and which for its plums?'
+    rows = [dict(question=q, choices=['a', 'b'], answer=0) for q in (known, known, other)]
+    scores = score_files(model, tok, jsonl(tmp_path/'t.jsonl', rows), documents=iter([known]))
+    assert scores['t']['contamination'] == dict(questions=3, found=2, unjudged=0, documents=1)
+    assert scores['questions that do not occur']['n'] == 1
+
+
+def test_a_choice_that_makes_one_piece_with_the_prompt_is_not_certain():
+    words = Tokenizer.train(['春眠早春眠 '*50], 268, kind='bpe')
+    assert len(words.encode('春眠')) == len(words.encode('春')) == 1
+    gpt = GPT(GPTConfig(vocab_size=len(words), context=16, n_layer=1, n_head=1, d_model=8))
+    assert max(choice_score(gpt, words, '春', ['眠', '早'])) < -1
+
+
 def test_training_documents_leave_validation_out(tmp_path):
     (tmp_path/'text').mkdir()
     (tmp_path/'records').mkdir()
@@ -453,6 +469,23 @@ def record():
     write_json(RESULTS/'lm_eval.json', dict(
         program='lm-evaluation-harness', version=importlib.metadata.version('lm_eval'),
         compared=[[what, n, n] for what, n in counts.items()], date=f'{date.today()}'))
+
+
+@pytest.mark.parametrize('kind', ['qwen3', 'gpt2'])
+def test_a_published_model_is_scored_as_the_harness_does(tmp_path, kind):
+    "Which puts no token in front of a text where the model's makers did not"
+    pytest.importorskip('lm_eval')
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from published import write_published
+    folder = write_published(tmp_path/'m', kind)
+    theirs = HFLM(pretrained=str(folder), dtype='float32', device='cpu', batch_size=4)
+    gpt, words = load_model(folder)
+    asked = {'Question: Where?\nAnswer:': [' Paris', ' on the Seine'], '答案：': [' A', ' B']}
+    for prompt, choices in asked.items():
+        calls = [Instance('loglikelihood', {}, (prompt, c), 0) for c in choices]
+        want = [nats for nats, _ in theirs.loglikelihood(calls, disable_tqdm=True)]
+        assert choice_score(gpt, words, prompt, choices) == pytest.approx(want, abs=2e-5)
 
 
 # whole files, and the command line

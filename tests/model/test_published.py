@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip('transformers')
 pytest.importorskip('tokenizers')
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.utils import logging
 
 from lm_nb.core import UserError
@@ -19,7 +19,7 @@ from lm_nb.data.shards import IGNORE, Shards, write_token_shards
 from lm_nb.data.order import PretrainBatches, eval_batches
 from lm_nb.data.tokenizer import encode_stream, load_tokenizer
 from lm_nb.inference.chat import Chat, example_prompts, stop_ids
-from lm_nb.model.hub import _fetch, load_model, model_folder, save_model
+from lm_nb.model.hub import _fetch, load_model, model_folder, read_shape, save_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from published import CONTROL, QWEN3, record, texts, write_published
@@ -174,6 +174,14 @@ def spaces_lost(folder):
     path.write_text(json.dumps(json.loads(path.read_text()) | lower))
 
 
+def space_in_front(folder):
+    path = folder/'tokenizer.json'
+    table = json.loads(path.read_text())
+    table['pre_tokenizer'] = dict(type='ByteLevel', add_prefix_space=True, trim_offsets=True,
+                                  use_regex=True)
+    path.write_text(json.dumps(table))
+
+
 SYSTEM = "{{ '<|im_start|>system\\nYou are Q.<|im_end|>\\n' }}"
 BAD_TOKENIZERS = dict(
     llama=(template("{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"), 'ChatML'),
@@ -184,7 +192,14 @@ BAD_TOKENIZERS = dict(
     damaged=(lambda f: (f/'tokenizer.json').write_bytes(b'{'), 'tokenizer.json cannot be read'),
     no_text=(lambda f: (f/'tokenizer.json').write_bytes(b'\xff'), 'tokenizer.json cannot be read'),
     config=(lambda f: (f/'tokenizer_config.json').write_text('[]'), 'tokenizer_config.json'),
+    no_text_template=(config(chat_template=3), 'chat_template is no text'),
+    endless=(template('{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}'),
+             'the chat template fails'),
+    opened=(lambda f: (template('{{ bos_token }}' + QWEN3)(f),
+                       config(bos_token='<|endoftext|>')(f)), 'not supported'),
+    answers=(lambda f: (f/'generation_config.json').write_text('['), 'generation_config.json'),
     separator=(no_specials, 'names no token between documents'),
+    prefix=(space_in_front, 'only byte-level tokenizers'),
     normal=(spaces_lost, 'only byte-level tokenizers'))
 
 
@@ -245,6 +260,15 @@ def test_what_leaves_is_complete_and_comes_back(folders, tmp_path, kind):
     assert chat.ask('What is the capital of France?') == tok.decode(want[0, len(asked):].tolist())
 
 
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_card_of_what_leaves_holds(folders, tmp_path, kind):
+    gpt, tok = load_model(folders[kind])
+    card = (save_model(tmp_path/'m', gpt, tok)/'README.md').read_text()
+    assert 'the licences of its training text and of the published model allow' in card
+    write = pipeline('text-generation', str(tmp_path/'m'))  # up to 256 tokens; gpt2 has 128 places
+    assert write([dict(role='user', content='Hello!')])[0]['generated_text'][-1]['content']
+
+
 def remove(name): return lambda f: next(f.glob(name)).unlink()
 
 
@@ -282,6 +306,9 @@ BAD_FOLDERS = dict(
     outside=(index(lambda t: moved(t, '../x.safetensors')), 'no name of a safetensors file'),
     elsewhere=(index(elsewhere), 'which model.safetensors.index.json names'),
     sizes=(model_config(vocab_size=300), 'config.json asks for another'),
+    kind=(model_config(model_type=['qwen3']), 'only gpt2 and qwen3'),
+    number=(model_config(rms_norm_eps='small'), 'does not describe a model'),
+    scaled=(model_config(rope_parameters=None, rope_scaling=dict(type='yarn', factor=4.)), 'yarn'),
     bias=(model_config(attention_bias=True), 'attention_bias'),
     yarn=(model_config(rope_parameters=dict(rope_type='yarn')), 'yarn'))
 
@@ -293,6 +320,8 @@ def test_bad_folders_get_one_line(folders, tmp_path, how):
     change(tmp_path/'m')
     line = answer(load_model, tmp_path/'m')
     assert word in line and str(tmp_path/'m') in line
+    if how in ('kind', 'number', 'scaled'):  # what a recipe reads
+        assert word in answer(read_shape, tmp_path/'m'/'config.json')
 
 
 def test_a_tokenizer_of_another_model_is_noticed(tmp_path):

@@ -20,11 +20,13 @@ from lm_nb.cli import main
 from lm_nb.core import UserError, read_json
 from lm_nb.data.instructions import conversation_ids
 from lm_nb.inference.chat import Chat
+from lm_nb.model.estimate import flops_per_token
+from lm_nb.model.gpt import GPTConfig
 from lm_nb.model.hub import load_model
 from lm_nb.training.monitor import read_log
 from lm_nb.training.recipe import load_recipe
 from lm_nb.training.run import Run
-from lm_nb.training.stage import run_stage
+from lm_nb.training.stage import _fastest_kernel, run_stage
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from published import record, texts, write_published
@@ -82,6 +84,11 @@ def test_from_the_command_line(made, tmp_path, kind, capsys, monkeypatch):
     capsys.readouterr()
     assert main(['chat', 'finetune', f'run_dir={run}', 'device=cpu', 'temperature=0']) == 0
     assert got[1] in capsys.readouterr().out
+    (tmp_path/'q.csv').write_text('question,A,B,answer\nWhere?,Rome,Oslo,A\n')
+    assert main(['choice', str(run), f'file={tmp_path/"q.csv"}', 'device=cpu']) == 0
+    assert f'what {made/kind} was trained on is not here' in capsys.readouterr().err
+    assert main(['generate', str(run), 'prompt=Rome', 'max_new=2', 'device=cpu']) == 0
+    assert capsys.readouterr().out.startswith('Rome')
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(made, tmp_path):
@@ -108,6 +115,25 @@ def _stopping(run, after):
     finally: register_stage(sft)
 
 
+def test_speed_is_that_of_the_rows_and_not_of_all_that_the_base_could_read(made, tmp_path):
+    run = Run(load_recipe('finetune', words(made, **{'sft.tokens': 3*480})), tmp_path/'run')
+    run_stage(run, 'sft')
+    point = next(p for p in read_log(run.folder/'sft') if 'mfu' in p)
+    cfg = load_model(made/'qwen3')[0].cfg
+    rate = point['mfu'] * point['peak_tflops'] * 1e12
+    assert cfg.context == 40960
+    assert rate == pytest.approx(point['tokens_per_s'] * flops_per_token(cfg, 96), rel=1e-6)
+
+
+def test_attention_is_chosen_for_rows_as_they_are(monkeypatch):
+    seen = []
+    monkeypatch.setattr('lm_nb.training.stage.pick_attention',
+                        lambda cfg, rows, *how: seen.append((cfg.context, rows)) or 'auto')
+    x = torch.zeros(2, 8, dtype=torch.int64)
+    _fastest_kernel(GPTConfig(context=40960), lambda step: [(x, x)], torch.device('cuda'), 'bf16')
+    assert seen == [(8, 2)]
+
+
 def test_text_is_read_again_by_the_tokenizer_of_the_base(made, tmp_path):
     more = dict(text=made/'text.jsonl', replay=.5, clean='none', dedup='none')
     recipe = load_recipe('finetune', words(made, **more, **{'sft.tokens': 4800}))
@@ -130,6 +156,7 @@ def test_the_recipe_has_the_shape_of_its_base(made):
 
 @pytest.mark.parametrize('change, said', [
     (dict(n_layer=3), 'the model is that of base='), (dict(context=256), ''),
+    (dict(vocab_size=300), 'vocab_size = 300 has no effect: the tokenizer is that of base='),
     (dict(base='nowhere'), 'base='), (dict(base='hf:someone/nothing'), 'cannot be fetched')])
 def test_mistakes_get_one_line(made, tmp_path, monkeypatch, change, said):
     from huggingface_hub import constants

@@ -20,6 +20,7 @@ from lm_nb.training.run import Run
 from lm_nb.use.export import export_model, write_gguf
 
 from taught import FACTS
+from published import write_published
 from foreign import record, texts
 
 ARCHS = 'qwen3', 'gpt2'
@@ -116,6 +117,8 @@ def test_a_modelfile_names_what_lies_beside_it(tmp_path, folders):
     assert lines[0] == f'FROM ./{file.name}' and file.parent == modelfile.parent == tmp_path
     assert 'PARAMETER num_ctx 96' in lines and 'PARAMETER stop "</s>"' in lines
     assert 'generation' not in modelfile.read_text()
+    other, _ = export_model(folders['qwen3'], 'ollama', tmp_path, 'q8_0')  # beside the first
+    assert other != modelfile and 'q8_0' in other.read_text()
 
 
 @torch.no_grad()
@@ -200,6 +203,15 @@ def test_mistakes_get_one_line(tmp_path, folders, tok):
     assert 'kind=bpe' in refusal(tmp_path/'uni', 'ollama', tmp_path)
 
 
+@pytest.mark.parametrize('form', ['gguf', 'ollama'])
+def test_a_published_tokenizer_is_refused_for_llama_cpp(tmp_path, form):
+    pytest.importorskip('gguf')
+    folder = write_published(tmp_path/'m', 'gpt2')
+    with pytest.raises(UserError, match='came with a published model.*export to onnx'):
+        export_model(folder, form)
+    assert not (tmp_path/'export').exists()
+
+
 def test_a_missing_package_is_named(tmp_path, folders, monkeypatch):
     for name, form in (('gguf', 'gguf'), ('onnxscript', 'onnx')):
         monkeypatch.setitem(__import__('sys').modules, name, None)
@@ -223,7 +235,8 @@ def test_the_command_takes_a_run_or_a_model(run, capsys):
     for words, made in (([run, 'gguf'], ['mine-chat-f16.gguf']),
                         ([run, 'gguf', 'model=base', 'quant=q8_0'], ['mine-base-q8_0.gguf']),
                         (['micro', 'gguf', f'run_dir={run}'], ['mine-chat-f16.gguf']),
-                        ([run/'base', 'ollama'], ['mine-base.Modelfile', 'mine-base-f16.gguf'])):
+                        ([run/'base', 'ollama'],
+                         ['mine-base-f16.Modelfile', 'mine-base-f16.gguf'])):
         assert main(['export', *map(str, words)]) == 0
         said = capsys.readouterr().out.splitlines()
         assert said == [str(run/'export'/name) for name in made]

@@ -57,7 +57,7 @@ def test_unknown_parts_are_read_by_the_model(model, monkeypatch, part):
 
 def positions(monkeypatch, call):
     "How many positions are read during `call`: prompts, then steps"
-    n, first, step = [0, 0], D._prefill, D._CachedDecoder.step
+    n, first, step = [0, 0], D._prefill, D.CachedDecoder.step
     def reading(fused, ids, *rest):
         n[0] += ids.numel()
         return first(fused, ids, *rest)
@@ -65,7 +65,7 @@ def positions(monkeypatch, call):
         n[1] += len(new)
         return step(self, new)
     monkeypatch.setattr(D, '_prefill', reading)
-    monkeypatch.setattr(D._CachedDecoder, 'step', stepping)
+    monkeypatch.setattr(D.CachedDecoder, 'step', stepping)
     call()
     monkeypatch.undo()
     return n
@@ -176,8 +176,8 @@ def test_recorded_anew_when_shapes_change():
 
 def test_fixed_widths_grow_by_256_columns():
     gpt = GPT(GPTConfig(vocab_size=50, context=600, n_layer=1, n_head=2, d_model=16))
-    ids, widths = torch.ones(1, 250, dtype=torch.long), []
-    decoder = D._CachedDecoder(gpt, ids, torch.tensor([250]), 600, static=True)
+    widths = []
+    decoder = D.CachedDecoder(D._fused(gpt), torch.tensor([250]), 600, static=True)
     for _ in range(349):
         widths.append(decoder.width)
         decoder.advance()
@@ -189,8 +189,8 @@ def test_fixed_widths_grow_by_256_columns():
 def two_passes(model):
     "Logits after six tokens and after a seventh: by the decoder, and by the model"
     ids = six_each()
-    decoder = D._CachedDecoder(model, ids, torch.full((len(ids),), 6), 24)
-    fast = torch.cat([decoder.prefill(), decoder.step(ids[:, 0])])
+    decoder = D.CachedDecoder(D._fused(model), torch.full((len(ids),), 6), 24)
+    fast = torch.cat([decoder.prefill(ids), decoder.step(ids[:, 0])])
     longer = torch.cat([ids, ids[:, :1]], 1)
     return decoder, fast, torch.cat([model(ids)[:, -1], model(longer)[:, -1]])
 

@@ -296,11 +296,11 @@ def slow(monkeypatch):
 class Opened:
     "A server whose engine can be looked into"
     def __init__(self, monkeypatch, served, **config):
-        make = serving_module.Engine
+        make = serving_module._Engine
         def noting(*how):
             self.engine = make(*how)
             return self.engine
-        monkeypatch.setattr(serving_module, 'Engine', noting)
+        monkeypatch.setattr(serving_module, '_Engine', noting)
         self.context = serving(served, **config)
     def __enter__(self):
         self.url = self.context.__enter__()
@@ -363,9 +363,9 @@ def test_who_leaves_frees_a_place(gpt, tok, slow, monkeypatch, streams):
 
 def test_a_fault_of_the_model_is_one_answer_and_not_the_end(gpt, tok, monkeypatch, capfd):
     read = serving_module._read
-    def failing(gpt, rows):
+    def failing(gpt, fused, rows):
         if any(r.ids == [7] for r in rows): raise RuntimeError('out of\nmemory')
-        return read(gpt, rows)
+        return read(gpt, fused, rows)
     monkeypatch.setattr(serving_module, '_read', failing)
     monkeypatch.delenv('IN_TEST', raising=False)
     with serving(both(gpt, tok)) as url:

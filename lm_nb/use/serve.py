@@ -6,10 +6,11 @@
 __all__ = ['Served', 'ServeConfig', 'serve_models', 'serving', 'find_models']
 
 # %% ../../nbs/6_use/02_serve.ipynb #9fc23e13
-import asyncio, hmac, json, socket, threading, time, uuid
+import asyncio, hmac, json, re, socket, threading, time, uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,6 +92,9 @@ def _scored(
     return [_Token(i, p, tuple(zip(*o))) for i, p, o in zip(ids, mine.tolist(), others)]
 
 # %% ../../nbs/6_use/02_serve.ipynb #9210f905
+def _line(text): # what can be sent and shown: one line, no half characters, not without end
+    return ' '.join(str(text).encode(errors='replace').decode().split())[:300]
+
 def _fail(rows, message):
     "Tell those who wait for rows that nothing more will come"
     for row in rows:
@@ -101,7 +105,7 @@ def _tell(row, tokens, end=''):
     "Hand new tokens to whoever waits for them; the row may end with it"
     try: row.ended = row.gone or bool(row.take(tokens, end) or end)
     except Exception as e:
-        notice(f'an answer: {type(e).__name__}: {" ".join(str(e).split())[:200]}')
+        notice(f'an answer: {type(e).__name__}: {_line(e)}')
         _fail([row], 'the server could not carry this out')
 
 # %% ../../nbs/6_use/02_serve.ipynb #ac81b410
@@ -275,7 +279,7 @@ class _Engine:
             new = self.queue.take(name, lambda rows: _fit(going + rows, *self.most))
         try: self.groups[name] = _continued(self.models[name], self.fused[name], group, new)
         except Exception as e:  # out of memory, perhaps: these rows are lost, the next are not
-            notice(f'{name}: {type(e).__name__}: {" ".join(str(e).split())[:200]}')
+            notice(f'{name}: {type(e).__name__}: {_line(e)}')
             self._lose(name, new, 'the model could not go on with this text')
 
     def _lose(self, name, new, message):
@@ -298,21 +302,21 @@ def _until_stop(
 # %% ../../nbs/6_use/02_serve.ipynb #9bb29c6e
 class _Text:
     "An answer as text, from tokens as they come"
-    def __init__(self, tok, stop:Sequence[str] = ()):
-        self.tok, self.stop, self.given = tok, stop, 0
-        self.whole, self.tail = '', '' # complete characters, and what has come since
+    def __init__(self, tok, stop:Sequence[str] = (), before=''): # what stands before it, if echoed
+        self.tok, self.stop, self.given = tok, stop, len(before)
+        self.whole, self.tail = before, '' # complete characters, and what has come since
         self.held:list[int] = [] # the ids of the latter
         self.tokens:list[tuple[int, _Token]] = [] # not given out yet, and where each begins
 
     def _add(self, token):
         self.tokens.append((len(self.whole) + len(self.tail.rstrip('\ufffd')), token))
-        self.held.append(token.id)
+        if token.id < len(self.tok): self.held.append(token.id)  # a model may know more ids
         self.tail = self.tok.decode(self.held)
         if not self.tail.endswith('\ufffd'):
             self.whole, self.held, self.tail = self.whole + self.tail, [], ''
 
     def add(self, tokens:list[_Token], last:bool=False) -> tuple[str, list, bool]:
-        "What may be given out now: text, tokens with their places, whether a stop string was met"
+        "What may be given out now: text, tokens and where each begins, whether a stop string came"
         for t in tokens: self._add(t)
         ready = max(len(self.tail.rstrip('\ufffd')), len(self.tail) - 3)
         text = self.whole + (self.tail if last else self.tail[:ready])
@@ -329,9 +333,11 @@ _ALPHABET = {chr(b): b for b in _VISIBLE} | {
 
 def _spell(tok, id:int) -> tuple[str, bytes]:
     "A token as text, and as bytes; `bytes:\\xe9` where it is no text by itself"
-    text, name = tok.decode([id]), getattr(tok.model, 'id_to_piece', None) or tok.model.id_to_token
-    if '\ufffd' not in text: return text or name(id), (text or name(id)).encode()
-    piece, raw = name(id), text.encode()
+    if id >= len(tok): return f'<{id}>', b''  # the model knows more ids than its tokenizer
+    name = getattr(tok.model, 'id_to_piece', None) or tok.model.id_to_token
+    text, piece = tok.decode([id]), name(id)
+    if '\ufffd' not in text: return text or piece, (text or piece).encode()
+    raw = text.encode()
     if len(piece) == 6 and piece.startswith('<0x'): raw = bytes([int(piece[3:5], 16)])
     elif set(piece) <= set(_ALPHABET): raw = bytes(_ALPHABET[c] for c in piece)
     return 'bytes:' + ''.join(f'\\x{b:02x}' for b in raw), raw
@@ -340,10 +346,10 @@ def _spell(tok, id:int) -> tuple[str, bytes]:
 class _Refused(Exception):
     "A request that is not carried out"
     def __init__(self, message:str, status:int=400, param:str|None=None, code:str|None=None):
-        super().__init__(message)
-        kind = {401: 'authentication_error', 429: 'rate_limit_error', 500: 'server_error'}
-        self.status, self.error = status, dict(
-            message=message, type=kind.get(status, 'invalid_request_error'), param=param, code=code)
+        kinds = {401: 'authentication_error', 429: 'rate_limit_error', 500: 'server_error'}
+        self.status, kind = status, kinds.get(status, 'invalid_request_error')
+        super().__init__(message := _line(message))
+        self.error = dict(message=message, type=kind, param=param and _line(param), code=code)
 
 # %% ../../nbs/6_use/02_serve.ipynb #ecfe8925
 _COMMON = *('model stream stream_options temperature top_p top_k min_p repetition_penalty seed '
@@ -357,14 +363,15 @@ _NEUTRAL:dict[str, Any] = dict(  # what may be said of the things that are not d
     functions=[], tool_choice='none', function_call='none', response_format={'type': 'text'},
     modalities=['text'], reasoning_effort='none')
 
+# %% ../../nbs/6_use/02_serve.ipynb #dabeb000
 def _check_names(body, known):
     "`_Refused` for a name that is not known, or for something that is not done here"
     for name, value in body.items():
         if name in known or name in _UNUSED or value is None: continue
-        if name in _NEUTRAL:
-            if value in (_NEUTRAL[name], []): continue
+        if name not in _NEUTRAL:
+            raise _Refused(f"unknown parameter '{name[:60]}'{nearest(name, known)}", param=name)
+        if value not in (_NEUTRAL[name], []):
             raise _Refused(f'{name} is not supported by this server; leave it out', param=name)
-        raise _Refused(f"unknown parameter '{name}'{nearest(name, known)}", param=name)
 
 # %% ../../nbs/6_use/02_serve.ipynb #8ea2fba2
 _KINDS:dict[Any, tuple] = {int: (int, 'a whole number'), float: ((int, float), 'a number'),
@@ -377,16 +384,13 @@ def _value(body:dict, name:str, kind:Any, default:Any=None, least=None, most=Non
     if value is None: return default
     types, words = _KINDS[kind]
     good = isinstance(value, types) and (kind is bool or not isinstance(value, bool))
-    low, high = least is None or good and value >= least, most is None or good and value <= most
+    good = good and (least is None or value >= least) and (most is None or value <= most)
     bounds = '' if least is None else f' from {least}' + (f' to {most}' if most is not None else '')
-    if not (good and low and high):
-        said = json.dumps(value, ensure_ascii=True)[:60]
-        raise _Refused(f'{name} = {said}: expected {words}{bounds}', param=name)
-    return value
+    if good: return value
+    raise _Refused(f'{name} = {json.dumps(value)[:60]}: expected {words}{bounds}', param=name)
 
 # %% ../../nbs/6_use/02_serve.ipynb #125ed9ff
 def _sampling(body, default:SampleConfig) -> SampleConfig:
-    "How tokens are chosen; what a request leaves open is as the server was started with"
     kinds = dict(temperature=float, top_p=float, top_k=int, min_p=float, repetition_penalty=float,
                  seed=int)
     said = {k: v for k, kind in kinds.items() if (v := _value(body, k, kind)) is not None}
@@ -395,13 +399,12 @@ def _sampling(body, default:SampleConfig) -> SampleConfig:
     return replace(default, **said)
 
 def _stop_strings(body) -> list[str]:
-    stop = body.get('stop')
-    stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    stop = body.get('stop') or []
+    stop = [stop] if isinstance(stop, str) else stop
     good = isinstance(stop, list) and all(isinstance(s, str) and len(s) <= 100 for s in stop)
-    if not good or len(stop) > 16:
-        raise _Refused('stop: expected a text or a list of them, at most 16 of 100 characters',
-                      param='stop')
-    return [s for s in stop if s]
+    if good and len(stop) <= 16: return [s for s in stop if s]
+    raise _Refused('stop: expected a text or a list of them, at most 16 of 100 characters',
+                   param='stop')
 
 # %% ../../nbs/6_use/02_serve.ipynb #43e93180
 _ROLES = dict(system='system', developer='system', user='user', assistant='assistant')
@@ -415,7 +418,8 @@ def _content(message) -> str:
         raise _Refused('messages: content has to be text, or parts of type text', param='messages')
     return '\n'.join(texts)
 
-def _messages(body) -> list[tuple[str, str]]: # (role, text); one role's messages in a row are one
+# %% ../../nbs/6_use/02_serve.ipynb #ea19f098
+def _messages(body) -> list[tuple[str, str]]: # (role, text)
     "The conversation in a request"
     said, out = body.get('messages'), list[tuple[str, str]]()
     if not isinstance(said, list) or not said or not all(isinstance(m, dict) for m in said):
@@ -423,21 +427,19 @@ def _messages(body) -> list[tuple[str, str]]: # (role, text); one role's message
     for m in said:
         role = _ROLES.get(m.get('role')) if isinstance(m.get('role'), str) else None
         if not role: raise _Refused(f'messages: role = {json.dumps(m.get("role"))[:40]}: expected '
-                                   'system, user or assistant', param='messages')
+                                    'system, user or assistant', param='messages')
         if out and out[-1][0] == role: out[-1] = role, f'{out[-1][1]}\n{_content(m)}'
         else: out.append((role, _content(m)))
     return out
 
-# %% ../../nbs/6_use/02_serve.ipynb #1b089fc9
 def _chat_ids(tok, body) -> list[int]:
     "The row that a model continues with its answer"
     said = _messages(body)
     system = said.pop(0)[1] if said[0][0] == 'system' else ''
-    roles = [role for role, _ in said]
-    if roles != ['user', 'assistant'] * (len(said)//2) + ['user']:
-        raise _Refused('messages: expected user and assistant in turn, after a system text if there '
-                      'is one, and the user last', param='messages')
-    texts = [text for _, text in said]
+    (roles, texts) = zip(*said) if said else ((), ())
+    if [*roles] != ['user', 'assistant'] * (len(said)//2) + ['user']:
+        raise _Refused('messages: expected user and assistant in turn, after a system text if '
+                       'there is one, and the user last', param='messages')
     return conversation_ids(tok, list(zip(texts[:-1:2], texts[1::2])), texts[-1], system)
 
 # %% ../../nbs/6_use/02_serve.ipynb #324f04d3
@@ -453,10 +455,10 @@ def _prompts(tok, prompt) -> list[_Prompt]:
     some = [prompt] if isinstance(prompt, str) or ids(prompt) else prompt
     good = isinstance(some, list) and some and all(isinstance(p, str) or ids(p) for p in some)
     if not good: raise _Refused('prompt: expected a text, a list of ids, or a list of these',
-                               param='prompt')
+                                param='prompt')
     wrong = [i for p in some if not isinstance(p, str) for i in p if not 0 <= i < len(tok)]
     if wrong: raise _Refused(f'prompt: there is no id {str(wrong[0])[:20]}; the tokenizer has '
-                            f'{len(tok)}', param='prompt')
+                             f'{len(tok)}', param='prompt')
     return [_Prompt([tok.bos, *tok.encode(p)], p, 1) if isinstance(p, str) else
             _Prompt(p, tok.decode(p)) for p in some]
 
@@ -465,24 +467,24 @@ def _prompts(tok, prompt) -> list[_Prompt]:
 class Served:
     "A model behind the address"
     name:str # as in 'micro/chat'
-    gpt:GPT
+    gpt:GPT # plain, without adapters
     tok:Tokenizer
     chat:bool # whether it answers; else it goes on with texts
     about:dict = field(default_factory=dict) # what else a page may want to know of it
 
-@dataclass
-class _Ask:
-    "A request that can be carried out"
-    served:Served
-    prompts:list[_Prompt]
-    config:SampleConfig
-    max_new:int
-    n:int # answers to each prompt
-    stop:list[str]
-    top:int|None # log-probabilities, as in `_Row`
-    echo:bool
-    stream:bool
-    usage:bool # whether the stream ends with the number of tokens
+# %% ../../nbs/6_use/02_serve.ipynb #f7910b82
+def _find_model(models:dict[str, Served], body, chat:bool) -> Served:
+    "The model that is meant; the last that can do it if none is named"
+    fit = [m for m in models.values() if m.chat or not chat]
+    name = _value(body, 'model', str) or (fit or list(models.values()))[-1].name
+    if name not in models:
+        raise _Refused(f"no model '{name[:60]}'{nearest(name[:60], models)}; there are: "
+                       f'{", ".join(models)}', 404, 'model', 'model_not_found')
+    if chat and not models[name].chat:
+        instead = f', or ask {fit[-1].name}' if fit else ''
+        raise _Refused(f'{name} is a base model: it goes on with a text and answers nobody; ask it '
+                       f'at /v1/completions{instead}', param='model')
+    return models[name]
 
 # %% ../../nbs/6_use/02_serve.ipynb #22d3494b
 @dataclass(frozen=True)
@@ -500,42 +502,55 @@ class ServeConfig:
 
     def __post_init__(self):
         check(0 <= self.port < 2**16, f'port = {self.port}: expected 0 to 65535')
-        for key in ('batch', 'queue', 'tokens', 'body'):
-            check(getattr(self, key) > 0, f'{key} = {getattr(self, key)}: expected 1 or more')
-        check(self.max_tokens is None or self.max_tokens > 0, 'max_tokens: expected 1 or more')
-        check(self.api_key is None or self.api_key, 'api_key: is empty; leave it out or choose one')
+        for key in ('batch', 'queue', 'tokens', 'body', 'max_tokens'):
+            n = getattr(self, key)
+            check(n is None or n > 0, f'{key} = {n}: expected 1 or more')
+        key, cors = self.api_key, self.cors
+        check(key is None or key.isascii() and key.strip(), 'api_key: expected letters, digits and '
+              'signs of ASCII, as a header can hold them; leave it out to ask for none')
+        check(cors is None or re.fullmatch(r'[\w+.-]+://[^/\s?#]+', cors),
+              f'cors = {cors}: expected the origin of one page, as in https://example.org')
 
     @property
     def local(self) -> bool: return self.host in ('127.0.0.1', 'localhost', '::1')
 
-# %% ../../nbs/6_use/02_serve.ipynb #f7910b82
-def _find_model(models:dict[str, Served], body, chat:bool) -> Served:
-    "The model that is meant; the last that can do it if none is named"
-    fit = [m for m in models.values() if m.chat or not chat]
-    name = _value(body, 'model', str) or (fit or list(models.values()))[-1].name
-    if name not in models:
-        raise _Refused(f"no model '{name[:60]}'{nearest(name[:60], models)}; there are: "
-                      f'{", ".join(models)}', 404, 'model', 'model_not_found')
-    if chat and not models[name].chat:
-        instead = f', or ask {fit[-1].name}' if fit else ''
-        raise _Refused(f'{name} is a base model: it goes on with a text and answers nobody; ask it '
-                      f'at /v1/completions{instead}', param='model')
-    return models[name]
+# %% ../../nbs/6_use/02_serve.ipynb #9e24d4a6
+@dataclass
+class _Ask:
+    "A request that can be carried out"
+    served:Served
+    prompts:list[_Prompt]
+    config:SampleConfig
+    max_new:int
+    n:int # answers to each prompt
+    stop:list[str]
+    top:int|None # log-probabilities, as in `_Row`
+    echo:bool
+    stream:bool
+    usage:bool # whether the stream ends with the number of tokens
 
-# %% ../../nbs/6_use/02_serve.ipynb #096ac18a
-def _check_rows(ask:_Ask, config:ServeConfig) -> _Ask:
-    "`_Refused` if a prompt is too long, or the answers are too many; room for the answers"
+def _check_rows(ask:_Ask, queue):
+    "`_Refused` if a prompt is too long, or the answers are too many"
     context, longest = ask.served.gpt.cfg.context, max(len(p.ids) for p in ask.prompts)
     if longest > context:
         raise _Refused(f'the prompt has {longest} tokens, but {ask.served.name} reads at most '
-                      f'{context}; shorten it', code='context_length_exceeded')
+                       f'{context}; shorten it', code='context_length_exceeded')
     rows = len(ask.prompts) * ask.n
-    if rows > config.queue: raise _Refused(f'{rows} answers in one request, and the queue has '
-                                          f'{config.queue} places; ask for fewer', param='n')
-    if config.max_tokens: ask.max_new = min(ask.max_new, config.max_tokens)
-    return ask
+    if rows > queue: raise _Refused(f'{rows} answers in one request, and the queue has '
+                                    f'{queue} places; ask for fewer', param='n')
 
 # %% ../../nbs/6_use/02_serve.ipynb #23c8082f
+def _wanted(body, chat, most) -> tuple[int, int|None, bool]:
+    "Of tokens: how many, with how many others' log-probabilities, and whether the prompt's, too"
+    if chat:
+        n = _value(body, 'max_tokens', int, most, 1)
+        top = _value(body, 'top_logprobs', int, 0, 0, 20)
+        wants = _value(body, 'logprobs', bool, False)
+        return _value(body, 'max_completion_tokens', int, n, 1), top if wants else None, False
+    echo = _value(body, 'echo', bool, False)
+    n = _value(body, 'max_tokens', int, 16, 0 if echo else 1)
+    return n, _value(body, 'logprobs', int, None, 0, 20), echo
+
 def _parse(body:Any, models:dict[str, Served], config:ServeConfig, sampling:SampleConfig,
            chat:bool) -> _Ask:
     "A request as it can be carried out; `_Refused` or `UserError` says why it can not"
@@ -544,17 +559,13 @@ def _parse(body:Any, models:dict[str, Served], config:ServeConfig, sampling:Samp
     served = _find_model(models, body, chat)
     tok, most = served.tok, served.gpt.cfg.context + 1
     prompts = [_Prompt(_chat_ids(tok, body))] if chat else _prompts(tok, body.get('prompt'))
-    echo = not chat and _value(body, 'echo', bool, False)
-    max_new = _value(body, 'max_tokens', int, most if chat else 16, 0 if echo else 1)
-    if chat: max_new = _value(body, 'max_completion_tokens', int, max_new, 1)
-    top = _value(body, 'logprobs', int, None, 0, 20) if not chat else None
-    if chat and _value(body, 'logprobs', bool, False):
-        top = _value(body, 'top_logprobs', int, 0, 0, 20)
-    options = _value(body, 'stream_options', dict, {})
-    ask = _Ask(served, prompts, _sampling(body, sampling), min(max_new, most),
-               _value(body, 'n', int, 1, 1, 128), _stop_strings(body), top, echo,
-               _value(body, 'stream', bool, False), _value(options, 'include_usage', bool, False))
-    return _check_rows(ask, config)
+    max_new, top, echo = _wanted(body, chat, most)
+    ask = _Ask(served, prompts, _sampling(body, sampling),
+               min(max_new, most, config.max_tokens or most), _value(body, 'n', int, 1, 1, 128),
+               _stop_strings(body), top, echo, _value(body, 'stream', bool, False),
+               _value(_value(body, 'stream_options', dict, {}), 'include_usage', bool, False))
+    _check_rows(ask, config.queue)
+    return ask
 
 # %% ../../nbs/6_use/02_serve.ipynb #59f1aee6
 class _ChatForm:
@@ -597,28 +608,50 @@ class _TextForm:
     @staticmethod
     def part(text, first): return dict(text=text)
 
+# %% ../../nbs/6_use/02_serve.ipynb #3867b49f
+class _Taker:
+    "Takes the tokens of one row, and posts text: as it comes if it is streamed, else at the end"
+    def __init__(self, post, ask, prompt):
+        self.post, self.ask, self.prompt = post, ask, prompt
+        self.text = _Text(ask.served.tok, ask.stop, prompt.text if ask.echo else '')
+        self.row, self.kept = None, ('', []) # the row is known later
+
+    def _echo(self):
+        "The prompt, and its tokens if those are wanted"
+        tokens, self.row.prompt = self.row.prompt[self.prompt.added:], []
+        return self.prompt.text, _Text(self.ask.served.tok).add(tokens, True)[1]
+
+    def __call__(self, tokens, end):
+        if self.row.prompt: self.kept = self._echo()
+        text, ready, stopped = self.text.add(tokens, bool(end))
+        self.kept, end = (self.kept[0] + text, self.kept[1] + ready), 'stop' if stopped else end
+        if end or self.ask.stream and any(self.kept):
+            self.post(*self.kept, end)
+            self.kept = '', []
+        return stopped
+
 # %% ../../nbs/6_use/02_serve.ipynb #61a8c801
 class _Reply:
     "A request's answers on their way from the engine to the client"
     def __init__(self, ask:_Ask, form:Any):
         self.ask, self.form, self.loop = ask, form, asyncio.get_running_loop()
-        self.events:asyncio.Queue = asyncio.Queue()
+        self.events:asyncio.Queue = asyncio.Queue() # (number of the row, text, tokens, end)
         self.head = dict(id=form.prefix + uuid.uuid4().hex[:24], object=form.kinds[ask.stream],
                          created=int(time.time()), model=ask.served.name)
         self.rows = [self._row(i) for i in range(len(ask.prompts) * ask.n)]
 
     def _row(self, index):
         ask, (which, nth) = self.ask, divmod(index, self.ask.n)
-        ids, seed = ask.prompts[which].ids, ask.config.seed
+        prompt, seed = ask.prompts[which], ask.config.seed
         config = ask.config if seed is None else replace(ask.config, seed=seed + nth)
-        room = min(ask.max_new, ask.served.gpt.cfg.context + 1 - len(ids))
-        row = _Row(ids, room, lambda *said: False, config=config, stops=stop_ids(ask.served.tok),
-                  top=ask.top, echo=ask.echo)
-        row.take = _Taker(self, index, ask.prompts[which], row)
-        row.fail = lambda message: self.post((index, message, [], 'error'))
-        return row
+        room = min(ask.max_new, ask.served.gpt.cfg.context + 1 - len(prompt.ids))
+        post = partial(self.post, index)
+        take = _Taker(post, ask, prompt)
+        take.row = _Row(prompt.ids, room, take, lambda message: post(message, [], 'error'), config,
+                        stop_ids(ask.served.tok), ask.top, ask.echo)
+        return take.row
 
-    def post(self, event): # from the engine's thread
+    def post(self, *event): # from the engine's thread
         with suppress(RuntimeError): self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
     def leave(self):
@@ -629,77 +662,46 @@ class _Reply:
         new = sum(len(row.new) for row in self.rows)
         return dict(prompt_tokens=said, completion_tokens=new, total_tokens=said + new)
 
-# %% ../../nbs/6_use/02_serve.ipynb #3867b49f
-class _Taker:
-    "Takes the tokens of one row, and posts text: as it comes if it is streamed, else at the end"
-    def __init__(self, reply, index, prompt, row):
-        self.reply, self.index, self.prompt, self.row, ask = reply, index, prompt, row, reply.ask
-        self.text, self.begun, self.shift = _Text(ask.served.tok, ask.stop), not ask.echo, 0
-        self.kept:tuple[str, list] = '', []
-
-    def _echo(self):
-        "The prompt, and its tokens if those are wanted"
-        self.begun, self.shift = True, len(self.prompt.text)
-        tokens = self.row.prompt[self.prompt.added:]
-        return self.prompt.text, _Text(self.reply.ask.served.tok).add(tokens, True)[1]
-
-    def __call__(self, tokens, end):
-        if not self.begun: self.kept = self._echo()
-        piece, ready, stopped = self.text.add(tokens, bool(end))
-        ready = [(at + self.shift, t) for at, t in ready]
-        self.kept = self.kept[0] + piece, self.kept[1] + ready
-        end = 'stop' if stopped else end
-        if end or self.reply.ask.stream and any(self.kept):
-            self.reply.post((self.index, *self.kept, end))
-            self.kept = '', []
-        return stopped
-
 # %% ../../nbs/6_use/02_serve.ipynb #b2578a4c
+def _choice(reply, index, body, tokens, end): # one answer or a part of it, as it is sent
+    wants, tok = tokens is not None and reply.ask.top is not None, reply.ask.served.tok
+    logprobs = reply.form.logprobs(tok, tokens) if wants else None
+    return dict(index=index, **body, logprobs=logprobs, finish_reason=end or None)
+
 async def _whole(reply:_Reply) -> dict:
     "The answers in one piece"
-    n = len(reply.rows)
-    texts, ends = [''] * n, [''] * n
-    tokens:list[list] = [[] for _ in range(n)]
-    while not all(ends):
-        i, text, some, ends[i] = await reply.events.get()
-        if ends[i] == 'error': raise _Refused(text, 500)
-        texts[i] += text
-        tokens[i] += some
-    form, tok, wants = reply.form, reply.ask.served.tok, reply.ask.top is not None
-    choices = [dict(index=i, **form.whole(texts[i]), finish_reason=ends[i],
-                    logprobs=form.logprobs(tok, tokens[i]) if wants else None) for i in range(n)]
-    return {**reply.head, 'choices': choices, 'usage': reply.usage()}
+    choices:dict[int, dict] = {}
+    while len(choices) < len(reply.rows):
+        i, text, tokens, end = await reply.events.get()
+        if end == 'error': raise _Refused(text, 500)
+        choices[i] = _choice(reply, i, reply.form.whole(text), tokens, end)
+    return {**reply.head, 'choices': [choices[i] for i in sorted(choices)], 'usage': reply.usage()}
 
 # %% ../../nbs/6_use/02_serve.ipynb #d647bd70
-def _parts(reply, first:set, i, text, tokens, end) -> Iterator[dict]:
+def _event(data): return f'data: {json.dumps(data, ensure_ascii=False)}\n\n'
+
+def _parts(reply, begun:set, i, text, tokens, end) -> Iterator[dict]:
     "What one event is to a client who reads along"
-    form, ask = reply.form, reply.ask
     if end == 'error':
         yield dict(error=_Refused(text, 500).error)
         return
-    none = dict(usage=None) if ask.usage else {}
-    def chunk(text, tokens, end):
-        logprobs = form.logprobs(ask.served.tok, tokens) if tokens and ask.top is not None else None
-        delta = form.part(text, i not in first)
-        first.add(i)
-        choice = dict(index=i, **delta, logprobs=logprobs, finish_reason=end or None)
-        return {**reply.head, 'choices': [choice], **none}
-    if text or tokens: yield chunk(text, tokens, '')
-    if end: yield chunk('', [], end)
+    some = [(text, tokens, '')] if text or tokens else []
+    if end: some.append(('', None, end))
+    for *said, end in some:
+        choice = _choice(reply, i, reply.form.part(said[0], i not in begun), said[1], end)
+        begun.add(i)
+        yield {**reply.head, 'choices': [choice], **(dict(usage=None) if reply.ask.usage else {})}
 
-async def _stream(reply:_Reply) -> Any: # yields bytes
-    "The answers as server-sent events; what has gathered meanwhile is sent together"
-    going, first = len(reply.rows), set[int]()
+async def _stream(reply:_Reply) -> Any: # yields texts
+    "The answers as server-sent events"
+    going, begun = len(reply.rows), set[int]()
     while going:
         events = [await reply.events.get()]
         while not reply.events.empty(): events.append(reply.events.get_nowait())
         going -= sum(bool(e[-1]) for e in events)
-        out = [part for e in events for part in _parts(reply, first, *e)]
-        yield ''.join(f'data: {json.dumps(p, ensure_ascii=False)}\n\n' for p in out).encode()
-    if reply.ask.usage:
-        last = {**reply.head, 'choices': [], 'usage': reply.usage()}
-        yield f'data: {json.dumps(last, ensure_ascii=False)}\n\n'.encode()
-    yield b'data: [DONE]\n\n'
+        yield ''.join(_event(part) for e in events for part in _parts(reply, begun, *e))
+    if reply.ask.usage: yield _event({**reply.head, 'choices': [], 'usage': reply.usage()})
+    yield 'data: [DONE]\n\n'
 
 # %% ../../nbs/6_use/02_serve.ipynb #6779ccbc
 def _host_of(netloc:str) -> str:
@@ -711,30 +713,27 @@ def _check_client(headers, config:ServeConfig, key:bool=True) -> None:
     host, origin = headers.get('host', ''), headers.get('origin')
     if config.local and _host_of(host) not in ('127.0.0.1', 'localhost', '::1'):
         raise _Refused(f"this server answers to 127.0.0.1 and localhost, not to '{host[:60]}'; "
-                      'host=0.0.0.0 lets others ask', 403, code='forbidden_host')
+                       'host=0.0.0.0 lets others ask', 403, code='forbidden_host')
     if origin and origin != config.cors and origin.split('//')[-1] != host:
         raise _Refused('web pages from elsewhere may not ask; cors=ORIGIN lets one', 403,
-                      code='forbidden_origin')
-    if not (key and config.api_key): return
+                       code='forbidden_origin')
     given = headers.get('authorization', '').removeprefix('Bearer ').strip()
-    if not hmac.compare_digest(given.encode(), config.api_key.encode()):
+    if key and not hmac.compare_digest(given.encode(), (config.api_key or given).encode()):
         raise _Refused('the API key is missing or wrong', 401, code='invalid_api_key')
 
 # %% ../../nbs/6_use/02_serve.ipynb #823ad8ec
-async def _body(request, config:ServeConfig, seconds=30) -> Any:
+async def _body(request, most, seconds=30) -> Any:
     "What a request holds; `_Refused` if it is too large, too slow or no JSON"
     got = bytearray()
     try:
         async with asyncio.timeout(seconds):
             async for part in request.stream():
                 got += part
-                if len(got) > config.body:
-                    raise _Refused(f'the request has more than {config.body:,} bytes', 413)
+                if len(got) > most: raise _Refused(f'the request has more than {most:,} bytes', 413)
     except TimeoutError: raise _Refused('the request did not arrive', 408) from None
     try: return json.loads(got.decode())
     except (ValueError, RecursionError): raise _Refused('the request is not valid JSON') from None
 
-# %% ../../nbs/6_use/02_serve.ipynb #cd6ec691
 async def _unless_left(request, work:Any) -> Any: # what comes out, or None
     "Wait for something, unless the client leaves before"
     async def left():
@@ -745,13 +744,6 @@ async def _unless_left(request, work:Any) -> Any: # what comes out, or None
         if done := tasks[0].done(): tasks[1].cancel()
         else: tasks[0].cancel()
     return tasks[0].result() if done else None
-
-# %% ../../nbs/6_use/02_serve.ipynb #4af3ffe3
-def _model_card(m:Served) -> dict:
-    "What /v1/models says of a model"
-    return dict(id=m.name, object='model', created=0, owned_by='lm_nb',
-                max_model_len=m.gpt.cfg.context,
-                lm_nb=dict(chat=m.chat, parameters=m.gpt.n_params(), **m.about))
 
 # %% ../../nbs/6_use/02_serve.ipynb #463e457e
 def _starlette():
@@ -773,7 +765,7 @@ def _answering(handler:Callable, config:ServeConfig, key:bool=True) -> Callable:
         except UserError as e: wrong = _Refused(str(e))
         except starlette.requests.ClientDisconnect: wrong = _Refused('the client has left', 499)
         except Exception as e:
-            notice(f'{request.url.path}: {type(e).__name__}: {" ".join(str(e).split())[:200]}')
+            notice(f'{request.url.path}: {type(e).__name__}: {_line(e)}')
             wrong = _Refused('the server could not carry this out', 500)
         headers = {'Retry-After': '1'} if wrong.status == 429 else {}
         if wrong.status in (408, 413): headers['Connection'] = 'close'
@@ -785,19 +777,19 @@ def _asking(form, models, engine, config, sampling) -> Callable:
     "The handler of an endpoint that generates"
     starlette, _ = _starlette()
     class Stream(starlette.responses.StreamingResponse):  # type: ignore[name-defined]
-        async def __call__(self, scope, receive, send):
-            try: await super().__call__(scope, receive, send)
+        async def __call__(self, *asgi):
+            try: await super().__call__(*asgi)
             except (OSError, starlette.requests.ClientDisconnect): pass  # the client has left
             finally: self.reply.leave()
 
     async def ask(request):
-        body = await _body(request, config)
+        body = await _body(request, config.body)
         asked = await asyncio.to_thread(_parse, body, models, config, sampling, form is _ChatForm)
         reply = _Reply(asked, form)
         try: engine.queue.put(asked.served.name, reply.rows)
         except _Busy:
             raise _Refused('too many are waiting; try again in a second', 429,
-                          code='queue_full') from None
+                           code='queue_full') from None
         if asked.stream:
             out = Stream(_stream(reply), media_type='text/event-stream',
                          headers={'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'})
@@ -812,6 +804,12 @@ def _asking(form, models, engine, config, sampling) -> Callable:
 _PAGE_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
                 "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
                 "frame-ancestors 'none'")
+
+def _model_card(m:Served) -> dict:
+    "What /v1/models says of a model"
+    return dict(id=m.name, object='model', created=0, owned_by='lm_nb',
+                max_model_len=m.gpt.cfg.context,
+                lm_nb=dict(chat=m.chat, parameters=m.gpt.n_params(), **m.about))
 
 def _page_and_lists(models) -> dict[str, Callable]: # {path: handler}
     "The handlers that only tell something"
@@ -828,12 +826,7 @@ def _page_and_lists(models) -> dict[str, Callable]: # {path: handler}
     return {'/': page, '/health': health, '/v1/models': listed, '/v1/models/{name:path}': one}
 
 # %% ../../nbs/6_use/02_serve.ipynb #b765a525
-def _make_app(
-    models:dict[str, Served], # by name
-    engine:_Engine, # of their networks
-    config:ServeConfig = ServeConfig(),
-    sampling:SampleConfig = SampleConfig(), # what holds where a request says nothing
-) -> Any: # an ASGI application
+def _make_app(models, engine, config=ServeConfig(), sampling=SampleConfig()) -> Any: # for ASGI
     "OpenAI's protocol, and the page, as a starlette application"
     starlette, _ = _starlette()
     from starlette.middleware.cors import CORSMiddleware
@@ -881,11 +874,11 @@ def _open(served:Iterable[Served], config:ServeConfig, sampling:SampleConfig) ->
     sock = _listen(config)
     models = {m.name: m for m in served}
     engine = _Engine({name: m.gpt for name, m in models.items()}, config.batch, config.queue,
-                    config.tokens)
+                     config.tokens)
     app = _make_app(models, engine, config, sampling)
-    how = dict(log_level='critical', access_log=False, lifespan='off', server_header=False,
-               timeout_graceful_shutdown=3)
-    server = uvicorn.Server(uvicorn.Config(app, **how))
+    server = uvicorn.Server(uvicorn.Config(
+        app, log_level='critical', access_log=False, lifespan='off', server_header=False,
+        timeout_graceful_shutdown=3))
     name = f'[{config.host}]' if ':' in config.host else config.host
     return _Opened(server, engine, sock, f'http://{name}:{sock.getsockname()[1]}')
 
@@ -918,7 +911,7 @@ def serving(
     sampling:SampleConfig = SampleConfig(), # what holds where a request says nothing
     **config, # as in `ServeConfig`; any free port if none is given
 ) -> Iterator[str]: # the address
-    "A server beside other work, as in a notebook or a test, until the end of a `with`"
+    "A server beside other work, until the end of a `with`"
     opened = _open(served, ServeConfig(**{'port': 0, **config}), sampling)
     thread = threading.Thread(target=opened.server.run, args=([opened.socket],), daemon=True)
     thread.start()

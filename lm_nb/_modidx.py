@@ -119,6 +119,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'lm_nb.bench.plan._kind_of_step': ('7_bench/plan.html#_kind_of_step', 'lm_nb/bench/plan.py'),
                                   'lm_nb.bench.plan._mean_step': ('7_bench/plan.html#_mean_step', 'lm_nb/bench/plan.py'),
                                   'lm_nb.bench.plan._measure_stage': ('7_bench/plan.html#_measure_stage', 'lm_nb/bench/plan.py'),
+                                  'lm_nb.bench.plan._no_start': ('7_bench/plan.html#_no_start', 'lm_nb/bench/plan.py'),
                                   'lm_nb.bench.plan._one_layer': ('7_bench/plan.html#_one_layer', 'lm_nb/bench/plan.py'),
                                   'lm_nb.bench.plan._plan_stage': ('7_bench/plan.html#_plan_stage', 'lm_nb/bench/plan.py'),
                                   'lm_nb.bench.plan._resident': ('7_bench/plan.html#_resident', 'lm_nb/bench/plan.py'),

@@ -181,7 +181,8 @@ def _score(gpt:GPT, rows:list[_Row]) -> None:
     for row, states in zip(rows, h): _score_prompt(gpt, row, states[:len(row.ids)])
     for row in rows:
         if not row.max_new: _tell(row, [], 'length')
-    _advance(rows, gpt.head(h[torch.arange(len(rows)), length - 1]))
+    last = torch.arange(len(rows), device=h.device), length - 1
+    _advance(rows, gpt.head(h[last]))
 
 # %% ../../nbs/6_use/02_serve.ipynb #cdd12881
 def _generating(gpt):

@@ -1,7 +1,9 @@
 "Fast decoding: fixed shapes, threads, recorded steps, and what is not computed"
 import gc
+import random
 import subprocess
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
@@ -183,6 +185,37 @@ def test_fixed_widths_grow_by_256_columns():
         decoder.advance()
     assert sorted(set(widths)) == [256, 512, 640]
     assert all(w >= 251 + i for i, w in enumerate(widths))
+
+# rows that join and leave
+
+def begun(model, rows):
+    "A decoder that has read these rows"
+    length = torch.tensor([*map(len, rows)])
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True)
+    decoder = D.CachedDecoder(D._fused(model), length, ids.shape[1])
+    decoder.prefill(ids)
+    return decoder
+
+
+@pytest.mark.parametrize('seed', range(4))
+@torch.inference_mode()
+def test_whoever_joins_or_leaves_the_others_read_on(model, seed):
+    dice, rows, decoder, model = random.Random(seed), [], None, deepcopy(model).eval()
+    some = lambda n: [dice.randrange(50) for _ in range(n)]
+    for _ in range(12):
+        if not rows or decoder.longest >= decoder.size or dice.random() < .4:
+            new = [some(dice.randint(1, 9)) for _ in range(dice.randint(1, 3))]
+            stay = [i for i, r in enumerate(rows) if dice.random() < .7 and len(r) < 20]
+            parts = ([(decoder, stay)] if stay else []) + [(begun(model, new), [*range(len(new))])]
+            rows = [rows[i] for i in stay] + new
+            decoder = D.join_rows(parts, room=dice.randint(1, 5))
+        ids = some(len(rows))
+        rows = [[*r, i] for r, i in zip(rows, ids)]
+        got = decoder.step(torch.tensor(ids))
+        decoder.advance()
+        want = torch.stack([model(torch.tensor([r]))[0, -1] for r in rows])
+        torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
+        assert decoder.length.tolist() == [*map(len, rows)]
 
 # dtypes
 

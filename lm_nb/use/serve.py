@@ -134,6 +134,7 @@ class _Group(NamedTuple):
     @property
     def going(self) -> list[int]: return [i for i, r in enumerate(self.rows) if not r.ended]
 
+# %% ../../nbs/6_use/02_serve.ipynb #a6c19250
 def _step(group:_Group) -> _Group:
     "Read the newest token of each row, and choose the next"
     logits = group.decoder.step(group.last)
@@ -433,6 +434,7 @@ def _messages(body) -> list[tuple[str, str]]: # (role, text)
         else: out.append((role, _content(m)))
     return out
 
+# %% ../../nbs/6_use/02_serve.ipynb #2ecfc47d
 def _chat_ids(tok, body) -> list[int]:
     "The row that a model continues with its answer"
     said = _messages(body)
@@ -552,6 +554,7 @@ def _wanted(body, chat, most) -> tuple[int, int|None, bool]:
     n = _value(body, 'max_tokens', int, 16, 0 if echo else 1)
     return n, _value(body, 'logprobs', int, None, 0, 20), echo
 
+# %% ../../nbs/6_use/02_serve.ipynb #71a3922b
 def _parse(body:Any, models:dict[str, Served], config:ServeConfig, sampling:SampleConfig,
            chat:bool) -> _Ask:
     "A request as it can be carried out; `_Refused` or `UserError` says why it can not"
@@ -693,6 +696,7 @@ def _parts(reply, begun:set, i, text, tokens, end) -> Iterator[dict]:
         begun.add(i)
         yield {**reply.head, 'choices': [choice], **(dict(usage=None) if reply.ask.usage else {})}
 
+# %% ../../nbs/6_use/02_serve.ipynb #52ad602e
 async def _stream(reply:_Reply) -> Any: # yields texts
     "The answers as server-sent events"
     going, begun = len(reply.rows), set[int]()
@@ -735,6 +739,7 @@ async def _body(request, most, seconds=30) -> Any:
     try: return json.loads(got.decode())
     except (ValueError, RecursionError): raise _Refused('the request is not valid JSON') from None
 
+# %% ../../nbs/6_use/02_serve.ipynb #42a9b683
 async def _unless_left(request, work:Any) -> Any: # what comes out, or None
     "Wait for something, unless the client leaves before"
     async def left():
@@ -801,16 +806,17 @@ def _asking(form, models, engine, config, sampling) -> Callable:
         return starlette.responses.JSONResponse(said)
     return ask
 
-# %% ../../nbs/6_use/02_serve.ipynb #f4251237
-_PAGE_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-                "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-                "frame-ancestors 'none'")
-
+# %% ../../nbs/6_use/02_serve.ipynb #01898ec4
 def _model_card(m:Served) -> dict:
     "What /v1/models says of a model"
     return dict(id=m.name, object='model', created=0, owned_by='lm_nb',
                 max_model_len=m.gpt.cfg.context,
                 lm_nb=dict(chat=m.chat, parameters=m.gpt.n_params(), **m.about))
+
+# %% ../../nbs/6_use/02_serve.ipynb #f4251237
+_PAGE_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+                "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+                "frame-ancestors 'none'")
 
 def _page_and_lists(models) -> dict[str, Callable]: # {path: handler}
     "The handlers that only tell something"
@@ -869,6 +875,7 @@ class _Opened(NamedTuple):
     socket:socket.socket
     url:str
 
+# %% ../../nbs/6_use/02_serve.ipynb #a01133a4
 def _open(served:Iterable[Served], config:ServeConfig, sampling:SampleConfig) -> _Opened:
     "Take the port, start the engine, and put both together"
     _, uvicorn = _starlette()

@@ -28,7 +28,7 @@ def network(tok, arch, context=160, seed=0, **more):
     "Random, with weights that make choices differ; its texts have broken characters in them"
     torch.manual_seed(seed)
     shape = dict(arch=arch, context=context, n_layer=2, n_head=2, d_model=32, zero_init=False)
-    gpt = GPT(GPTConfig(vocab_size=len(tok), **{**shape, **more}))
+    gpt = GPT(GPTConfig(**{'vocab_size': len(tok), **shape, **more}))
     with torch.no_grad():
         for p in gpt.parameters():
             if p.ndim == 2: p.mul_(8)
@@ -77,7 +77,9 @@ MALFORMED = [  # what is sent, where to, and what the answer has to speak of
     ({**HI, 'stop': {'a': 1}}, 'c', 'stop'), ({**HI, 'stop': ['x'] * 99}, 'c', 'stop'),
     ({**HI, 'max_tokens': 0}, 'c', 'max_tokens'), ({**HI, 'logprobs': 3}, 'c', 'logprobs'),
     ({**HI, 'top_logprobs': 99, 'logprobs': True}, 'c', 'top_logprobs'),
-    ({**HI, 'temprature': 1}, 'c', "'temperature'"), ({**HI, 'tools': [{}]}, 'c', 'tools'),
+    ({**HI, 'temprature': 1}, 'c', "'temperature'"), ({**HI, 'a\nb': 1}, 'c', "'a b'"),
+    ({**HI, '\ud800': 1}, 'c', "'?'"), ({**HI, 'x' * 9999: 1}, 'c', 'unknown'),
+    ({**HI, 'tools': [{}]}, 'c', 'tools'),
     ({**HI, 'stream_options': 3}, 'c', 'stream_options'), ({**HI, 'model': 3}, 'c', 'model'),
     ({**HI, 'model': 'm/base'}, 'c', '/v1/completions'),
     ({**HI, 'messages': says('x' * 999)}, 'c', 'reads at most'),
@@ -94,6 +96,7 @@ def malformed(url, which):
     error = said['error']
     assert status == 400 and words in error['message'] and error['type'] == 'invalid_request_error'
     assert set(error) == {'message', 'type', 'param', 'code'} and '\n' not in error['message']
+    assert len(error['message']) <= 300
 
 
 def resident(pid='self'):

@@ -21,6 +21,7 @@ from ..core import check, hardware, nearest, pick_device, pick_dtype, Table
 from ..data.shards import Batch
 from ..model.gpt import GPT, GPTConfig
 from ..model.fused import attention_kernel, pick_attention
+from ..model.hub import model_folder
 from ..model.estimate import (
     Memory, available_memory, format_bytes, largest_rows, memory, parameter_counts, step_flops)
 from ..training.optim import make_optimizers
@@ -329,6 +330,7 @@ class _Plan(Table):
     stages: list[_StagePlan]
     room: float   # bytes of memory that may be used
     where: str    # device, dtype and date, from `describe_machine`
+    unknown: str = '' # what is not known of the model
 
     def __post_init__(self):
         parts = ', '.join(f'{part} {n:,}' for part, n in self.model.items())
@@ -336,6 +338,7 @@ class _Plan(Table):
             [self.name, *(s.name for s in self.stages)],
             [[what, *map(f, self.stages)] for what, f in _PLAN_ROWS.items()],
             notes=[f'parameters: {sum(self.model.values()):,} ({parts})',
+                   *([self.unknown] if self.unknown else []),
                    *(_advice(s, self.room) for s in self.stages if not s.fits),
                    *(f'{s.name}: times are computed from the speed of one layer; measure=true '
                      'tries whole steps' for s in self.stages if s.computed),
@@ -366,6 +369,16 @@ def _as_measured(plan, others):
                            process=o.process, computed=o.computed)
     return None
 
+# %% ../../nbs/7_bench/01_plan.ipynb #03fbafcb
+def _no_start(recipe:Recipe) -> str: # '' if it is known
+    "What a plan has to say if it starts from no model; `UserError` if `base=` is none"
+    base, begins = recipe.data.base, recipe.stage_names[0]
+    there = not base or (model_folder(base, weights=False)/'config.json').is_file()
+    check(there, f'base = {base}: no model is there (no config.json); set base= to a model folder '
+                 'or to hf:OWNER/NAME')
+    return '' if base or begins == 'pretrain' else (
+        f'without base= this is the shape of the recipe, and {begins} has no model to start from')
+
 # %% ../../nbs/7_bench/01_plan.ipynb #3829d846
 def plan_run(
     recipe:Recipe,
@@ -377,7 +390,7 @@ def plan_run(
     measure:bool=False, # try whole steps even where that takes long
 ) -> _Plan:
     "What each stage of a recipe takes on this device. `UserError` if it trains nothing"
-    cfg, first = recipe.model, pick_stage(recipe)
+    cfg, first, unknown = recipe.model, pick_stage(recipe), _no_start(recipe)
     device = device or pick_device(first.device)
     dtype, room = dtype or pick_dtype(device, first.dtype), room or available_memory(device)
     found: list[_StagePlan] = []
@@ -393,7 +406,8 @@ def plan_run(
                 _compute_stage(plan, cfg, *made, budget, base) if dear else
                 _measure_stage(plan, partial(StepTimer, cfg, *made), device, budget, base))
         found.append(plan)
-    return _Plan(recipe.name, parameter_counts(cfg), found, room, describe_machine(device, dtype))
+    where = describe_machine(device, dtype)
+    return _Plan(recipe.name, parameter_counts(cfg), found, room, where, unknown)
 
 # %% ../../nbs/7_bench/01_plan.ipynb #74357721
 def plot_plan(

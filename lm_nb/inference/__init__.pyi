@@ -20,6 +20,10 @@ from .choice import (
     training_documents as training_documents,
     score_files as score_files,
 )
+from .decoding import (
+    CachedDecoder as CachedDecoder,
+    join_rows as join_rows,
+)
 from .evaluate import (
     surprisal as surprisal,
     heldout as heldout,

@@ -5,14 +5,8 @@ from .export import (
     export_model as export_model,
 )
 from .serve import (
-    Token as Token,
-    Row as Row,
-    Busy as Busy,
-    Engine as Engine,
-    Refused as Refused,
     Served as Served,
     ServeConfig as ServeConfig,
-    make_app as make_app,
     serve_models as serve_models,
     serving as serving,
     find_models as find_models,

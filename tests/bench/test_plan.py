@@ -220,3 +220,11 @@ def test_a_large_model_is_not_tried_on_a_cpu_unless_asked(monkeypatch):
     tried.clear()
     found = plan_run(recipe, budget=.01, measure=True)
     assert set(tried) == {whole} and not any(s.computed for s in found.stages)
+
+
+def test_a_plan_is_of_the_model_that_is_given_or_says_that_none_is(tmp_path):
+    given = load_recipe('finetune', [f'base={tmp_path}', 'instructions=mine.json'])
+    with pytest.raises(UserError, match=f'base = {tmp_path}: .*no config.json'):
+        plan_run(given, **ON_CPU)
+    for recipe, said in ((recipe_with_text('finetune'), True), (load_recipe('micro'), False)):
+        assert said == any('without base=' in note for note in plan_run(recipe, **ON_CPU).notes)

@@ -155,13 +155,13 @@ def test_a_prompt_that_cannot_be_read_is_a_wrong_answer(tok):
 
 
 def test_ctrl_c_ends_the_answer_not_the_chat(talker, tok, monkeypatch):
-    chat, step = Chat(talker, tok, max_new=40, temperature=1., seed=0), D._CachedDecoder.step
+    chat, step = Chat(talker, tok, max_new=40, temperature=1., seed=0), D.CachedDecoder.step
     whole, calls = chat.ask('你好'), []
     def interrupted(self, new):
         calls.append(1)
         if len(calls) == 5: signal.raise_signal(signal.SIGINT) # Ctrl-C while the model computes
         return step(self, new)
-    monkeypatch.setattr(D._CachedDecoder, 'step', interrupted)
+    monkeypatch.setattr(D.CachedDecoder, 'step', interrupted)
     chat.turns = []
     said = chat.ask('你好')
     monkeypatch.undo()

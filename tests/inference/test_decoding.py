@@ -1,7 +1,9 @@
 "Fast decoding: fixed shapes, threads, recorded steps, and what is not computed"
 import gc
+import random
 import subprocess
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
@@ -57,7 +59,7 @@ def test_unknown_parts_are_read_by_the_model(model, monkeypatch, part):
 
 def positions(monkeypatch, call):
     "How many positions are read during `call`: prompts, then steps"
-    n, first, step = [0, 0], D._prefill, D._CachedDecoder.step
+    n, first, step = [0, 0], D._prefill, D.CachedDecoder.step
     def reading(fused, ids, *rest):
         n[0] += ids.numel()
         return first(fused, ids, *rest)
@@ -65,7 +67,7 @@ def positions(monkeypatch, call):
         n[1] += len(new)
         return step(self, new)
     monkeypatch.setattr(D, '_prefill', reading)
-    monkeypatch.setattr(D._CachedDecoder, 'step', stepping)
+    monkeypatch.setattr(D.CachedDecoder, 'step', stepping)
     call()
     monkeypatch.undo()
     return n
@@ -176,21 +178,52 @@ def test_recorded_anew_when_shapes_change():
 
 def test_fixed_widths_grow_by_256_columns():
     gpt = GPT(GPTConfig(vocab_size=50, context=600, n_layer=1, n_head=2, d_model=16))
-    ids, widths = torch.ones(1, 250, dtype=torch.long), []
-    decoder = D._CachedDecoder(gpt, ids, torch.tensor([250]), 600, static=True)
+    widths = []
+    decoder = D.CachedDecoder(D._fused(gpt), torch.tensor([250]), 600, static=True)
     for _ in range(349):
         widths.append(decoder.width)
         decoder.advance()
     assert sorted(set(widths)) == [256, 512, 640]
     assert all(w >= 251 + i for i, w in enumerate(widths))
 
+# rows that join and leave
+
+def begun(model, rows):
+    "A decoder that has read these rows"
+    length = torch.tensor([*map(len, rows)])
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True)
+    decoder = D.CachedDecoder(D._fused(model), length, ids.shape[1])
+    decoder.prefill(ids)
+    return decoder
+
+
+@pytest.mark.parametrize('seed', range(4))
+@torch.inference_mode()
+def test_whoever_joins_or_leaves_the_others_read_on(model, seed):
+    dice, rows, decoder, model = random.Random(seed), [], None, deepcopy(model).eval()
+    some = lambda n: [dice.randrange(50) for _ in range(n)]
+    for _ in range(12):
+        if not rows or decoder.longest >= decoder.size or dice.random() < .4:
+            new = [some(dice.randint(1, 9)) for _ in range(dice.randint(1, 3))]
+            stay = [i for i, r in enumerate(rows) if dice.random() < .7 and len(r) < 20]
+            parts = ([(decoder, stay)] if stay else []) + [(begun(model, new), [*range(len(new))])]
+            rows = [rows[i] for i in stay] + new
+            decoder = D.join_rows(parts, room=dice.randint(1, 5))
+        ids = some(len(rows))
+        rows = [[*r, i] for r, i in zip(rows, ids)]
+        got = decoder.step(torch.tensor(ids))
+        decoder.advance()
+        want = torch.stack([model(torch.tensor([r]))[0, -1] for r in rows])
+        torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
+        assert decoder.length.tolist() == [*map(len, rows)]
+
 # dtypes
 
 def two_passes(model):
     "Logits after six tokens and after a seventh: by the decoder, and by the model"
     ids = six_each()
-    decoder = D._CachedDecoder(model, ids, torch.full((len(ids),), 6), 24)
-    fast = torch.cat([decoder.prefill(), decoder.step(ids[:, 0])])
+    decoder = D.CachedDecoder(D._fused(model), torch.full((len(ids),), 6), 24)
+    fast = torch.cat([decoder.prefill(ids), decoder.step(ids[:, 0])])
     longer = torch.cat([ids, ids[:, :1]], 1)
     return decoder, fast, torch.cat([model(ids)[:, -1], model(longer)[:, -1]])
 
@@ -283,6 +316,7 @@ def test_weights_are_joined_once(model, monkeypatch):
     twin = GPT(model.cfg).eval()
     for _ in range(3): generate(twin, six_each(), 4)
     assert len(made) == 1
+    gc.collect()  # what other tests have left
     held = len(D._fused_models)
     generate(twin.train(), six_each(), 4)
     assert len(D._fused_models) == held - 1, 'a copy is held while it learns'

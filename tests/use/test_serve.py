@@ -210,6 +210,23 @@ def test_the_harness_scores_through_the_address_as_we_do(url, gpt, tok, tmp_path
                f'log-likelihoods through local-completions, {how}, {gpt.cfg.arch}', same)
 
 
+def test_ids_that_have_no_token(tok):
+    "As in Qwen3, whose model knows 267 ids more than its tokenizer"
+    wide, rows = network(tok, 'qwen3', vocab_size=len(tok) + 200), [[7, n] for n in range(30, 40)]
+    ids = generate_batch(wide, rows, 30, stop_ids(tok))
+    assert any(i >= len(tok) for row in ids for i in row)
+    with serving(both(wide, tok)) as url, OpenAI(base_url=f'{url}/v1', api_key='-') as client:
+        how = dict(model='m/base', prompt=rows, max_tokens=30, logprobs=5)
+        said = client.completions.create(**how).choices
+        parts = [''] * len(rows)
+        for c in client.completions.create(stream=True, **how):
+            parts[c.choices[0].index] += c.choices[0].text
+    want = [tok.decode([i for i in row if i < len(tok)]) for row in ids]
+    assert [c.text for c in said] == parts == want
+    names = [t for c in said for t in c.logprobs.tokens]
+    assert {f'<{i}>' for row in ids for i in row if i >= len(tok)} <= set(names)
+
+
 # what is no request
 
 @pytest.mark.parametrize('which', range(len(MALFORMED)))
@@ -223,6 +240,7 @@ def test_the_client_raises_the_right_exception(url, client, tmp_path):
         with pytest.raises(kind) as e: client.chat.completions.create(**{**HI, **how})
         return e.value
     failing(openai.NotFoundError, model='m/chta')
+    assert "no model '? a'" in post(url, {**HI, 'model': '\ud800\na'})[1]['error']['message']
     failing(openai.BadRequestError, model='m/base')
     error = failing(openai.BadRequestError, messages=says('x' * 999))
     assert error.code == 'context_length_exceeded'
@@ -296,11 +314,11 @@ def slow(monkeypatch):
 class Opened:
     "A server whose engine can be looked into"
     def __init__(self, monkeypatch, served, **config):
-        make = serving_module.Engine
+        make = serving_module._Engine
         def noting(*how):
             self.engine = make(*how)
             return self.engine
-        monkeypatch.setattr(serving_module, 'Engine', noting)
+        monkeypatch.setattr(serving_module, '_Engine', noting)
         self.context = serving(served, **config)
     def __enter__(self):
         self.url = self.context.__enter__()
@@ -363,9 +381,9 @@ def test_who_leaves_frees_a_place(gpt, tok, slow, monkeypatch, streams):
 
 def test_a_fault_of_the_model_is_one_answer_and_not_the_end(gpt, tok, monkeypatch, capfd):
     read = serving_module._read
-    def failing(gpt, rows):
+    def failing(gpt, fused, rows):
         if any(r.ids == [7] for r in rows): raise RuntimeError('out of\nmemory')
-        return read(gpt, rows)
+        return read(gpt, fused, rows)
     monkeypatch.setattr(serving_module, '_read', failing)
     monkeypatch.delenv('IN_TEST', raising=False)
     with serving(both(gpt, tok)) as url:
@@ -475,5 +493,6 @@ def test_a_base_model_has_no_chat(folder):
 
 
 def test_settings_of_the_server():
-    for wrong in (dict(port=-1), dict(batch=0), dict(queue=0), dict(body=0), dict(api_key='')):
+    for wrong in (dict(port=-1), dict(batch=0), dict(queue=0), dict(body=0), dict(api_key=''),
+                  dict(api_key='sésame'), dict(cors='*'), dict(cors='https://example.org/')):
         with pytest.raises(UserError, match=next(iter(wrong))): ServeConfig(**wrong)

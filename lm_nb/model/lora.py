@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..core import UserError, check, nearest, read_foreign_json, replacing, write_json
 from ..data.tokenizer import Tokenizer
 from .gpt import GPT, GPTConfig
-from .hub import _stored_shapes, _their_name, load_model
+from .hub import _stored_shapes, _their_name, load_model, model_folder
 
 # %% ../../nbs/2_model/05_lora.ipynb #8c10540c
 class LoRALinear(nn.Module):
@@ -300,9 +300,11 @@ def load_adapter(
 
 # %% ../../nbs/2_model/05_lora.ipynb #c04b4790
 def _base_of(adapter):
-    "The model folder that an adapter names; `UserError` if it is not here"
+    "The model that an adapter names, a folder or one of the hub; `UserError` if it is not to be had"
     with _about(adapter): config, _ = _read_adapter(adapter)
     named = str(config.get('base_model_name_or_path') or '')
+    if re.fullmatch(r'\w[\w.-]*/[\w.-]+', named) and not Path(named).exists():
+        with _about(adapter): return model_folder(f'hf:{named}')
     check(named and (Path(named)/'config.json').is_file(), f'{adapter}: stands on the model '
           f'{named or "(it names none)"}, which is no folder here; name that folder (for a command '
           'of lm-nb with model=, one of the run\'s)')

@@ -303,7 +303,7 @@ def load_adapter(
 
 # %% ../../nbs/2_model/05_lora.ipynb #c04b4790
 def _base_of(adapter):
-    "The model that an adapter names, a folder or one of the hub; `UserError` if it is not to be had"
+    "The model that an adapter names, a folder or one of the hub; `UserError` if it is not there"
     with _about(adapter): config, _ = _read_adapter(adapter)
     named = str(config.get('base_model_name_or_path') or '')
     if re.fullmatch(r'\w[\w.-]*/[\w.-]+', named) and not Path(named).exists():

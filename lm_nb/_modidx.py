@@ -2312,6 +2312,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'lm_nb/training/stage.py'),
                                       'lm_nb.training.stage._StageMonitor.state': ( '4_training/stage.html#_stagemonitor.state',
                                                                                     'lm_nb/training/stage.py'),
+                                      'lm_nb.training.stage._base_name': ('4_training/stage.html#_base_name', 'lm_nb/training/stage.py'),
                                       'lm_nb.training.stage._check_adapters': ( '4_training/stage.html#_check_adapters',
                                                                                 'lm_nb/training/stage.py'),
                                       'lm_nb.training.stage._check_stage_config': ( '4_training/stage.html#_check_stage_config',

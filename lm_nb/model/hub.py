@@ -76,7 +76,10 @@ def _to_config(c):
 def to_transformers(
     gpt:GPT, # a model of either architecture
 ) -> tuple[dict, dict[str, Tensor]]: # contents of config.json, weights without tied copies
-    "The model as the transformers library's `GPT2LMHeadModel` or `Qwen3ForCausalLM` reads it"
+    """The model as the transformers library's `GPT2LMHeadModel` or `Qwen3ForCausalLM` reads it;
+    `UserError` for one with adapters"""
+    check(not any('.lora_' in name for name in gpt.state_dict()), 'the model has adapters, which '
+          'no model folder holds; merge_lora makes them part of it, save_adapter writes them alone')
     pieces:dict = {}
     for name, x in gpt.state_dict().items():
         theirs, _, transposed = _their_name(gpt.cfg.arch, name)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..core import UserError, check, nearest, read_foreign_json, replacing, write_json
 from ..data.tokenizer import Tokenizer
 from .gpt import GPT, GPTConfig
-from .hub import _stored_shapes, _their_name, load_model
+from .hub import _stored_shapes, _their_name, load_model, model_folder
 
 # %% ../../nbs/2_model/05_lora.ipynb #8c10540c
 class LoRALinear(nn.Module):
@@ -86,6 +86,7 @@ def lora_layers(gpt:nn.Module) -> dict[str, LoRALinear]:
     "The layers of a model that have an adapter, by name"
     return {name: m for name, m in gpt.named_modules() if isinstance(m, LoRALinear)}
 
+# %% ../../nbs/2_model/05_lora.ipynb #6337b1b0
 def add_lora(
     gpt:GPT, # changed in place: frozen, but for what is added
     rank:int = 8,
@@ -141,6 +142,7 @@ def _peft_name(gpt, name): # of one of our layers -> (its name there, which thir
     theirs, third, _ = _their_name(gpt.cfg.arch, f'{name}.weight')
     return theirs.removesuffix('.weight'), third
 
+# %% ../../nbs/2_model/05_lora.ipynb #78ff9366
 def _joined(parts): # [(third, layer)] of one of their layers -> A (r, in), B (out, r)
     if parts[0][0] is None: return parts[0][1].lora_A, parts[0][1].lora_B
     A = torch.cat([m.lora_A for _, m in parts])
@@ -281,6 +283,7 @@ def _read_adapter(folder):
     with _about('adapter_config.json'): _check_peft(config)
     return config, _stored_shapes(folder/'adapter_model.safetensors')
 
+# %% ../../nbs/2_model/05_lora.ipynb #17baed8a
 def load_adapter(
     gpt:GPT, # a plain model; changed in place: frozen, but for the adapters
     folder:str|Path, # written by `save_adapter` or by the peft library
@@ -300,9 +303,11 @@ def load_adapter(
 
 # %% ../../nbs/2_model/05_lora.ipynb #c04b4790
 def _base_of(adapter):
-    "The model folder that an adapter names; `UserError` if it is not here"
+    "The model that an adapter names, a folder or one of the hub; `UserError` if it is not there"
     with _about(adapter): config, _ = _read_adapter(adapter)
     named = str(config.get('base_model_name_or_path') or '')
+    if re.fullmatch(r'\w[\w.-]*/[\w.-]+', named) and not Path(named).exists():
+        with _about(adapter): return model_folder(f'hf:{named}')
     check(named and (Path(named)/'config.json').is_file(), f'{adapter}: stands on the model '
           f'{named or "(it names none)"}, which is no folder here; name that folder (for a command '
           'of lm-nb with model=, one of the run\'s)')

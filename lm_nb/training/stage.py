@@ -306,12 +306,17 @@ def _how_to_go_on(run):
         raise Interrupted(f'{e}; {again} goes on from there') from None
 
 # %% ../../nbs/4_training/08_stage.ipynb #367e9747
+def _base_name(run, name):
+    "What a stage starts from, as its adapter names it: a model on the hub or a folder"
+    hub, _, published = run.recipe.data.base.partition(':')
+    if hub == 'hf' and run.recipe.stage_names[:1] == [name]: return published
+    with suppress(UserError): return str(run.folder_before(name).resolve())
+    return ''
+
 def _merged(gpt, run, name, ranks):
     "The model without adapters; they are kept in the stage's folder"
     if not lora_layers(gpt): return gpt
-    base = ''
-    with suppress(UserError): base = str(run.folder_before(name).resolve())
-    if ranks.first: save_adapter(run.folder/name/'adapter', gpt, base)
+    if ranks.first: save_adapter(run.folder/name/'adapter', gpt, _base_name(run, name))
     return merge_lora(gpt)
 
 # %% ../../nbs/4_training/08_stage.ipynb #1314701a

@@ -204,6 +204,20 @@ def test_asking_for_what_cannot_be_is_one_line(cfg):
         add_lora(add_lora(disturbed(cfg)))
 
 
+def test_a_model_folder_takes_no_adapters(cfg, tmp_path):
+    tok = Tokenizer.train(['The river is green.', '河是绿色的。'] * 9, 270)
+    cfg = replace(cfg, vocab_size=len(tok))
+    folder = save_model(tmp_path/'model', disturbed(cfg), tok)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    for where in 'model', 'other':
+        with pytest.raises(UserError, match='merge_lora makes .*, save_adapter writes them') as e:
+            save_model(tmp_path/where, trained(cfg), tok)
+        assert '\n' not in str(e.value)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ['model']
+    save_model(tmp_path/'other', merge_lora(trained(cfg)), tok)
+
+
 def shorter(cfg):
     return disturbed(replace(cfg, n_layer=1))
 def wider(cfg):

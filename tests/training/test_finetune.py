@@ -22,7 +22,8 @@ from lm_nb.data.instructions import conversation_ids
 from lm_nb.inference.chat import Chat
 from lm_nb.model.estimate import flops_per_token
 from lm_nb.model.gpt import GPTConfig
-from lm_nb.model.hub import load_model
+from lm_nb.model.hub import _fetch, load_model
+from lm_nb.model.lora import load_adapted
 from lm_nb.training.monitor import read_log
 from lm_nb.training.recipe import load_recipe
 from lm_nb.training.run import Run
@@ -55,7 +56,7 @@ def words(made, kind='qwen3', **more):
     pairs = dict(base=made/kind, instructions=made/'asks.jsonl', context=96, batch_tokens=480,
                  device='cpu', dtype='fp32', lr=.01, valid_share=.1, warmup=2, log_every=1,
                  save_every=5, eval_every=10, sample_every=1000) | {'sft.tokens': 60*480} | more
-    return [f'{k}={v}' for k, v in pairs.items()]
+    return [f'{k}={v}' for k, v in pairs.items() if v is not None]
 
 
 @pytest.mark.parametrize('kind', ['qwen3', 'gpt2'])
@@ -132,6 +133,99 @@ def test_attention_is_chosen_for_rows_as_they_are(monkeypatch):
     x = torch.zeros(2, 8, dtype=torch.int64)
     _fastest_kernel(GPTConfig(context=40960), lambda step: [(x, x)], torch.device('cuda'), 'bf16')
     assert seen == [(8, 2)]
+
+
+def adapter_words(made, kind, **more):
+    return words(made, kind, **dict(lora_rank=8, lora_lr=.03, lr=None) | more)
+
+
+def adapter(run): return run/'sft'/'adapter'
+
+
+@pytest.fixture(scope='module', params=['qwen3', 'gpt2'])
+def adapted(request, made, tmp_path_factory):
+    "(kind, run) of a published model with adapters, from the command line"
+    kind, run = request.param, tmp_path_factory.mktemp('adapted')/'run'
+    assert main(['sft', 'finetune', *adapter_words(made, kind), f'run_dir={run}']) == 0
+    return kind, run
+
+
+def far(a, b): return (a - b).abs().max().item()
+
+
+def test_adapters_learn_and_the_published_weights_stay(made, adapted):
+    kind, run = adapted
+    points = [r['loss'] for r in read_log(run/'sft') if 'loss' in r]
+    # not by much: the head is random, small and frozen
+    assert points[-1] < points[0] - .15, 'the loss has hardly fallen'
+    was, now = (load_model(f)[0].state_dict() for f in (made/kind, run/'chat'))
+    changed = {n for n in was if not torch.equal(was[n], now[n])}
+    assert changed == {n for n in was if n.endswith('_proj.weight')}
+    for name in 'tokenizer.json', 'tokenizer_config.json':
+        assert (run/'chat'/name).read_bytes() == (made/kind/name).read_bytes()
+
+
+def test_peft_puts_the_adapter_on_the_published_folder(made, adapted):
+    peft, (kind, run) = pytest.importorskip('peft'), adapted
+    assert len(list((made/kind).glob('model-*.safetensors'))) > 1
+    config = read_json(adapter(run)/'adapter_config.json')
+    assert config['base_model_name_or_path'] == str((made/kind).resolve())
+    other = peft.AutoPeftModelForCausalLM.from_pretrained(adapter(run), dtype=torch.float32).eval()
+    ids = torch.randint(400, (4, 30), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(): want, plain = other(ids).logits, other.unload()(ids).logits
+    here, chat = load_adapted(adapter(run))[0](ids), load_model(run/'chat')[0](ids)
+    record('peft', f'logits of an adapter on a published {kind} (bf16, several files)',
+           int(((here - want).abs() < 1e-5).sum()), want.numel())
+    assert far(here, want) < 1e-5 and far(chat, want) < 1e-5 and far(plain, want) > .1
+
+
+def test_a_stopped_run_goes_on_to_the_same_adapter(made, adapted, tmp_path):
+    kind, run = adapted
+    recipe = load_recipe('finetune', adapter_words(made, kind))
+    for _ in range(2):
+        with suppress(KeyboardInterrupt): _stopping(Run(recipe, tmp_path/'parts'), 5*12)
+    assert 10 < max(r['step'] for r in read_log(tmp_path/'parts'/'sft')) < 60
+    run_stage(Run(recipe, tmp_path/'parts'), 'sft')
+    for file in 'sft/adapter/adapter_model.safetensors', 'chat/model.safetensors':
+        assert (tmp_path/'parts'/file).read_bytes() == (run/file).read_bytes()
+
+
+def test_chat_and_serve_take_the_adapter_of_a_published_model(
+    made, adapted, capsys, monkeypatch):
+    kind, run = adapted
+    def said(*more):
+        monkeypatch.setattr(sys, 'stdin', io.StringIO('Say Rome 99.\nSay Oslo 99.\n'))
+        assert main(['chat', 'finetune', f'run_dir={run}', 'device=cpu', 'temperature=0',
+                     'max_new=12', *more]) == 0
+        return capsys.readouterr().out
+    assert said(f'adapter={adapter(run)}') == said()
+    served = []
+    monkeypatch.setattr('lm_nb.use.serve.serve_models',
+                        lambda models, *rest, **kw: served.extend(models))
+    assert main(['serve', str(made/kind), 'device=cpu', f'adapter={adapter(run)}']) == 0
+    names, ids = [s.name for s in served], torch.arange(20)[None]
+    assert [n.rpartition('/')[2] for n in names] == [kind, 'adapter']
+    assert far(served[1].gpt(ids), load_model(run/'chat')[0](ids)) < 1e-5
+    assert far(served[0].gpt(ids), served[1].gpt(ids)) > .1
+
+
+def test_an_adapter_of_a_model_on_the_hub_names_it_as_the_hub_does(made, tmp_path, monkeypatch):
+    def download(name, **kw):
+        assert name == 'someone/small'
+        return str(made/'qwen3')
+    monkeypatch.setattr('huggingface_hub.snapshot_download', download)
+    monkeypatch.setattr('lm_nb.model.hub._fetch', _fetch.__wrapped__)  # nothing is remembered
+    keys = adapter_words(made, 'qwen3', base='hf:someone/small', **{'sft.tokens': 4800})
+    run_stage(Run(load_recipe('finetune', keys), tmp_path/'r'), 'sft')
+    config = read_json(adapter(tmp_path/'r')/'adapter_config.json')
+    assert config['base_model_name_or_path'] == 'someone/small'
+    ids, chat = torch.arange(20)[None], load_model(tmp_path/'r'/'chat')[0]
+    assert far(load_adapted(adapter(tmp_path/'r'))[0](ids), chat(ids)) < 1e-5
+    def gone(name, **kw): raise OSError('no network')
+    monkeypatch.setattr('huggingface_hub.snapshot_download', gone)
+    with pytest.raises(UserError, match='/adapter: hf:someone/small: cannot be fetched') as e:
+        load_adapted(adapter(tmp_path/'r'))
+    assert '\n' not in str(e.value)
 
 
 def test_text_is_read_again_by_the_tokenizer_of_the_base(made, tmp_path):

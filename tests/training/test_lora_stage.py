@@ -1,11 +1,9 @@
 "A stage that trains adapters: the ordinary loop, less to store, and a model folder like any other"
-import io, os, sys
-from contextlib import contextmanager
-from functools import partial
+import io
 
 import pytest, torch
 
-from desk import furnish
+from desk import KEYS, curve, furnish, stages, stopping, weights, whole_run
 from lm_nb.bench.plan import plan_run
 from lm_nb.cli import main
 from lm_nb.core import UserError, read_json, write_json
@@ -13,13 +11,9 @@ from lm_nb.inference.chat import answer
 from lm_nb.model.hub import load_model
 from lm_nb.model.lora import load_adapted, load_adapter, merge_lora
 from lm_nb.training.checkpoint import _saved_tensors, checkpoints
-from lm_nb.training.monitor import Interrupted, read_log
+from lm_nb.training.monitor import read_log
 from lm_nb.training.recipe import load_recipe
-from lm_nb.training.run import Run
-from lm_nb.training.stage import run_stage, train
 
-KEYS = {'dropout': 0.1, 'pretrain.tokens': 4800, 'sft.tokens': 3200, 'replay': 0.2, 'eval_every': 9,
-        'sample_every': 9, 'save_every': 0}
 LORA = 'sft.lora_rank=4',
 PLUGIN = '''
 from lm_nb.training.recipe import Stage, register_stage
@@ -36,30 +30,10 @@ def desk(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def at_desk(desk, monkeypatch):
-    monkeypatch.chdir(desk)
-    return desk
-
-
-def stages(run, *overrides, which=('pretrain', 'sft')):
-    run = Run(load_recipe('tiny', overrides), run)
-    for name in which: run_stage(run, name)
-    return run.folder
-
-
 @pytest.fixture(scope='module')
-def whole(desk):
-    here = os.getcwd()
-    os.chdir(desk)
-    try: return stages(desk/'whole', *LORA)
-    finally: os.chdir(here)
+def whole(desk): return whole_run(desk, *LORA)
 
 
-def curve(folder):
-    return [[r.get(k) for k in ('step', 'loss', 'grad_norm', 'lr', 'valid_loss')]
-            for r in read_log(folder)]
-def weights(folder): return (folder/'model.safetensors').read_bytes()
 def stored(stage): return _saved_tensors(checkpoints(stage/'checkpoints')[0])
 
 
@@ -100,23 +74,15 @@ def test_peft_gives_the_logits_of_the_model_that_it_leaves(whole):
     with torch.no_grad(): assert (plain(ids).logits - chat(ids)).abs().max() < 1e-5
 
 
-@contextmanager
-def stopping(monkeypatch, after):
-    asked = []
-    with monkeypatch.context() as m:
-        m.setattr(sys.modules['lm_nb.training.stage'], 'train',
-                  partial(train, stop=lambda: asked.append(1) or len(asked) == after))
-        with pytest.raises(Interrupted): yield
-
-
 def test_a_run_that_was_stopped_is_bitwise_the_run_that_was_not(
     whole, at_desk, tmp_path, monkeypatch):
     stages(tmp_path/'run', *LORA, which=['pretrain'])
-    for after in 5, 6:
-        with stopping(monkeypatch, after): stages(tmp_path/'run', *LORA, which=['sft'])
+    for after, step in {5: 5, 6: 11}.items():
+        with stopping(monkeypatch, 'sft', after, step): stages(tmp_path/'run', *LORA, which=['sft'])
         assert not (tmp_path/'run'/'chat').exists()
     stages(tmp_path/'run', *LORA, which=['sft'])
-    assert curve(tmp_path/'run'/'sft') == curve(whole/'sft')
+    keys = 'loss', 'grad_norm', 'lr', 'valid_loss'
+    assert curve(tmp_path/'run'/'sft', *keys) == curve(whole/'sft', *keys)
     assert weights(tmp_path/'run'/'chat') == weights(whole/'chat')
     adapters = [(f/'sft'/'adapter'/'adapter_model.safetensors').read_bytes()
                 for f in (whole, tmp_path/'run')]
@@ -126,7 +92,7 @@ def test_a_run_that_was_stopped_is_bitwise_the_run_that_was_not(
 def test_other_frozen_weights_are_noticed(at_desk, tmp_path, monkeypatch):
     run = tmp_path/'run'
     stages(run, *LORA, which=['pretrain'])
-    with stopping(monkeypatch, 5): stages(run, *LORA, which=['sft'])
+    with stopping(monkeypatch, 'sft', 5, 5): stages(run, *LORA, which=['sft'])
     stage = read_json(run/'sft'/'stage.json')
     assert len(stage['frozen']) == 64
     write_json(run/'sft'/'stage.json', stage | dict(frozen='0' * 64))

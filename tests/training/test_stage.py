@@ -3,24 +3,20 @@ change nothing"""
 import os, re, shutil, signal, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest, torch
 from torch import nn
 
 import lm_nb
-from desk import furnish
+from desk import KEYS, curve, furnish, stages, stopping, weights, whole_run
 from test_loop import cfg, small, uneven
 from lm_nb.core import UserError
-from lm_nb.training.recipe import Feed, load_recipe
-from lm_nb.training.run import Run
+from lm_nb.training.recipe import Feed
 from lm_nb.training.monitor import Interrupted, read_log
-from lm_nb.training.stage import run_stage, train
+from lm_nb.training.stage import train
 
 PACKAGE = Path(lm_nb.__file__).resolve().parent.parent
-KEYS = {'dropout': 0.1, 'pretrain.tokens': 4800, 'sft.tokens': 3200, 'replay': 0.2, 'eval_every': 9,
-        'sample_every': 9, 'save_every': 0}
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -35,25 +31,8 @@ def quiet():
 def desk(tmp_path_factory): return furnish(tmp_path_factory.mktemp('desk'), KEYS)
 
 
-@pytest.fixture
-def at_desk(desk, monkeypatch):
-    monkeypatch.chdir(desk)
-    return desk
-
-
-def stages(run, *overrides, which=('pretrain', 'sft')):
-    run = Run(load_recipe('tiny', overrides), run)
-    for name in which: run_stage(run, name)
-    return run.folder
-
-
 @pytest.fixture(scope='module')
-def whole(desk):
-    "Both stages without a stop"
-    here = os.getcwd()
-    os.chdir(desk)
-    try: return stages(desk/'whole')
-    finally: os.chdir(here)
+def whole(desk): return whole_run(desk)
 
 
 def shell(cwd, *argv, **kw):
@@ -62,27 +41,7 @@ def shell(cwd, *argv, **kw):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
 
 
-def curve(folder, *keys):
-    return [[r['step'], *(r[k] for k in keys if k in r)]
-            for r in read_log(folder) if any(k in r for k in keys)]
-def weights(folder): return (folder/'model.safetensors').read_bytes()
-
-
 # ------------------------------------------------------------------ stopping and going on
-
-@contextmanager
-def stopping(monkeypatch, stage, after, step):
-    "Let `train` stop of itself after some more steps, as Ctrl-C would"
-    asked = []
-    with monkeypatch.context() as m:
-        m.setattr(sys.modules['lm_nb.training.stage'], 'train',
-                  partial(train, stop=lambda: asked.append(1) or len(asked) == after))
-        with pytest.raises(
-            Interrupted,
-            match=f'{stage}: stopped at step {step} of .*; lm-nb run .* goes on from there') as e:
-            yield
-        assert e.value.status == 130
-
 
 def test_a_run_that_was_stopped_is_bitwise_the_run_that_was_not(
     whole, at_desk, tmp_path, monkeypatch):

@@ -31,6 +31,7 @@ from ..inference.sampling import (
 from ..inference.decoding import CachedDecoder, _can_fuse, _fused, join_rows
 from ..inference.chat import example_prompts, saw_system_text, stop_ids
 from ..training.recipe import find_stage, recorded_recipe
+from ..training.stage import tune_malloc
 
 # %% ../../nbs/6_use/02_serve.ipynb #de9b3778
 class _Token(NamedTuple):
@@ -898,6 +899,7 @@ def serve_models(
     say:Callable = print,
 ) -> None:
     "Answer requests until Ctrl-C"
+    tune_malloc()  # rows of every number and length: else kernels for all of them are kept
     opened = _open(served, config, sampling)
     end = opened.server.handle_exit
     def stop(*how):

@@ -155,3 +155,10 @@ from .tokenizer import (
     bytes_per_token as bytes_per_token,
     useful_size as useful_size,
 )
+from .values import (
+    prefers as prefers,
+    value_records as value_records,
+    preference_pairs as preference_pairs,
+    side_doors as side_doors,
+    write_values as write_values,
+)

@@ -286,7 +286,7 @@ _NO_EFFECT['data'] = [
               lambda r, d: not _in_files(r), 'text = microworld has records of its own'),
     _NoEffect('field fields format separator errors encoding', 'text',
               lambda r, d: not _in_files(r), 'text = microworld is not read from files'),
-    _NoEffect('paraphrases groups asked', 'text', lambda r, d: _in_files(r),
+    _NoEffect('paraphrases groups asked values', 'text', lambda r, d: _in_files(r),
               'it is for text = microworld'),
     _NoEffect('text_valid max_documents weights', 'text', lambda r, d: not d.text,
               'there is no text='),

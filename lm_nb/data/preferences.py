@@ -65,10 +65,11 @@ _ASKED = 'prompt', 'instruction', 'question', 'query', 'problem', 'inputs', 'inp
 
 def _side(
     record:dict,
-    side:str, # 'chosen' or 'rejected'
+    side:str, # 'chosen' or 'rejected'; empty: the record's only answer
     report:Report, # notes what is not used
 ) -> list[_Turn]:
-    "All turns up to one of the two answers; `UserError` with the reason if they are not to be had"
+    "All turns up to an answer; `UserError` with the reason if they are not to be had"
+    if not side: return _said(record, report)[0]
     reply = _turns_in(record, side, 'assistant', report)
     if reply[0].role in ('user', 'system'): return reply
     chat = next((name for name in _CHAT if record.get(name) is not None), None)
@@ -80,34 +81,36 @@ def _side(
                           report)
 
 # %% ../../nbs/1_data/14_preferences.ipynb #7d258375
-def _exchanged(record:dict, said:list[_Turn], report:Report) -> tuple[str, tuple, str, str]:
+def _exchanged(record:dict, side:str, report:Report) -> tuple[str, tuple, str, str]: # as `_side`
     "System text, earlier (prompt, answer) pairs, prompt and answer; `UserError` if there are none"
+    try:
+        for name in _MEDIA:
+            check(not _filled(record.get(name)), f'it comes with {name}, and only text is read')
+        said = _side(record, side, report)
+    except RecursionError: raise UserError('it is nested too deeply') from None
     check(all(turn.role != 'tool' for turn in said), 'a tool is called in it')
     check(said and said[-1].role == 'assistant', 'there is no answer at the end')
     system, pairs = _exchanges(said, report)
     *turns, (prompt, answer) = ((question.text, reply.text) for question, reply in pairs)
     return _system_text(record, system), tuple(turns), prompt, answer
 
-# %% ../../nbs/1_data/14_preferences.ipynb #a2f59b67
+# %% ../../nbs/1_data/14_preferences.ipynb #d59dc851
 _USED = {'chosen', 'rejected', 'task', 'history', 'context', *_CHAT, *_ASKED, *_SYSTEM}
+
+def _task(record): return t if isinstance(t := record.get('task'), str) else ''
 
 def to_preference(
     record:dict, # with both answers
     report:Report|None=None, # notes what was left off
 ) -> Preference:
     "A record as a pair; `UserError` with the reason if it is none"
-    noted, task = Report(), record.get('task')
+    noted = Report()
     for name in ('chosen', 'rejected'): check(name in record, f'{name} is missing')
-    for name in _MEDIA:
-        check(not _filled(record.get(name)), f'it comes with {name}, and only text is read')
-    try: good, bad = (_exchanged(record, _side(record, side, notes), notes)
-                      for side, notes in (('chosen', noted), ('rejected', Report())))
-    except RecursionError: raise UserError('it is nested too deeply') from None
+    good, bad = _exchanged(record, 'chosen', noted), _exchanged(record, 'rejected', Report())
     check(good[:3] == bad[:3], 'chosen and rejected do not answer the same question')
     system, turns, prompt, chosen = good
     extra = {k: v for k, v in record.items() if k not in _USED}
-    pair = Preference(prompt, chosen, bad[3], system, turns, task if isinstance(task, str) else '',
-                      extra)
+    pair = Preference(prompt, chosen, bad[3], system, turns, _task(record), extra)
     if report is not None: report.add(noted)
     return pair
 
@@ -126,15 +129,14 @@ class _Waiting:
         "A record's answer with one that came before; `UserError` with the reason if it has none"
         good = _judge('weight', record[label])
         check(good is not None, f'{label} is neither true nor false')
-        said, _ = _said({**record, label: None}, Report())
-        system, turns, prompt, answer = _exchanged(record, said, Report())
+        system, turns, prompt, answer = _exchanged(record, '', Report())
         mine, contrary = ((system, turns, prompt, verdict) for verdict in (good, not good))
         others = self.of.get(contrary, [])
         at = next((i for i, (other, _) in enumerate(others) if other != answer), None)
         if at is None: return self.of.setdefault(mine, []).append((answer, shown))
         other, _ = others.pop(at)
         chosen, rejected = (answer, other) if good else (other, answer)
-        return Preference(prompt, chosen, rejected, system, turns)
+        return Preference(prompt, chosen, rejected, system, turns, _task(record))
 
     def left(self) -> Iterator[tuple[str, str]]: # (reason, what the report shows)
         "The answers that still wait"
@@ -156,9 +158,7 @@ def read_preferences(
         for record in read_records(name, report, tick, **how):
             shown = f'row {report.rows - first:,}: {record}'
             label = _label_of(record)
-            try:
-                pair = waiting.match(record, label, shown) if label else to_preference(record,
-                    report)
+            try: pair = waiting.match(record, label, shown) if label else to_preference(record, report)
             except UserError as e:
                 report.reject(str(e), shown)
                 last = _printable(', '.join(map(str, record)), 100)
@@ -178,8 +178,7 @@ _WANTED = ('; a pair has prompt, chosen and rejected, or prompt, completion and 
 
 def _note_pair(pair, label, report):
     if label: report.note('pairs made of two rows, a good and a bad answer to one prompt')
-    if len(pair.chosen) > len(pair.rejected):
-        report.note('pairs whose chosen answer is the longer one')
+    if len(pair.chosen) > len(pair.rejected): report.note('pairs whose chosen answer is the longer one')
 
 # %% ../../nbs/1_data/14_preferences.ipynb #0d7876f4
 def has_preferences(
@@ -198,8 +197,9 @@ def encode_preferences(
 ) -> list[tuple[tuple, tuple]]: # (prompt ids, answer ids) of the chosen and of the rejected one
     "Pairs as token ids; those longer than a row are dropped. `NothingFits` if all are"
     prefs, report, dropped = iter(prefs), Report() if report is None else report, list[int]()
-    out, unread = list[tuple[tuple, tuple]](), not report.rows
+    out, unread = list[tuple[tuple, tuple]](), None  # as in `encode_each`
     while some := list(islice(prefs, 500)):
+        if unread is None: unread = not report.rows
         if unread: report.rows, report.kept = report.rows + len(some), report.kept + len(some)
         parts = map(tuple, _encode_parts(tok, [e for p in some for e in p.examples()]))
         for p, both in zip(some, zip(parts, parts)):
@@ -217,20 +217,16 @@ def encode_preferences(
 # %% ../../nbs/1_data/14_preferences.ipynb #d13aed76
 def answer_batch(
     tok:Tokenizer,
-    # (prompt ids, answer ids), or more turns: as `encode_each` gives them
-    examples:Sequence[Sequence],
-    # tokens of a row; the longest, rounded up to a multiple of 32, if not given
-    length:int|None=None,
+    examples:Sequence[Sequence], # (prompt ids, answer ids), or more turns: as `encode_each` gives them
+    length:int|None=None, # tokens of a row; the longest, rounded up to a multiple of 32, if not given
 ) -> Batch:
-    """An answer a row: only the last answer, from `bos` to `eos`, is target. `UserError` if one is
-    too long"""
+    "An answer a row: only the last answer, from `bos` to `eos`, is target. `UserError` if one is too long"
     only_last = [_fold_context(parts, [False]*(len(parts)//2 - 1) + [True], *tok.chat.answer)
                  if len(parts) > 2 else parts for parts in examples]
     longest = max(map(_example_length, only_last), default=0)
     check(longest, 'there is no answer to lay out')
     length = -(-longest//32)*32 if length is None else length
-    check(longest <= length,
-          f'an answer with its prompt takes {longest} tokens, but a row has {length}')
+    check(longest <= length, f'an answer with its prompt takes {longest} tokens, but a row has {length}')
     return packed_batch(tok, [[parts] for parts in only_last], length)
 
 # %% ../../nbs/1_data/14_preferences.ipynb #9981122f

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DataConfig', 'source_weights', 'resolve_sources', 'absolute_sources', 'first_look', 'check_sources', 'train_parts',
-           'stored_documents', 'write_text', 'stored_records', 'write_records', 'tokenizer_texts', 'text_shards',
-           'packed_records']
+           'stored_documents', 'write_text', 'stored_records', 'stored_preferences', 'write_records',
+           'write_preferences', 'tokenizer_texts', 'text_shards', 'packed_records']
 
 # %% ../../nbs/1_data/17_prepare.ipynb #b53af879
 import json, os
@@ -29,6 +29,7 @@ from .tokenizer import Tokenizer
 from .shards import Shards, write_token_shards
 from .instructions import Example, read_instructions
 from .packing import NothingFits, Packed, write_packed
+from .preferences import Preference, read_preferences
 from .values import write_values
 
 # %% ../../nbs/1_data/17_prepare.ipynb #8d94bb9e
@@ -38,13 +39,13 @@ class DataConfig(ReadConfig):
     text: str = ''                # pretraining text; `microworld` is built, not read
     weights: str = ''             # share of each source in a batch, such as 3 1; empty: by size
     text_valid: str = ''          # held-out text; empty: a share of `text`
-    valid_share: float = 0.01     # share of documents (or records) held out where no file is given
+    valid_share: float = 0.01     # share of documents, records and pairs held out without a file
     max_documents: int | None = None  # read no more documents than this
     instructions: str = ''        # instruction records for SFT
     instructions_valid: str = ''  # held-out records; empty: a share of `instructions`
     instructions_test: str = ''   # records that are only asked at the end
-    preferences: str = ''  # from pref16
-    preferences_valid: str = ''  # from pref16
+    preferences: str = ''         # preference pairs, for what comes after SFT
+    preferences_valid: str = ''   # held-out pairs; empty: a share of `preferences`
     tokenizer_reads: str = 'text'  # what the tokenizer is trained on: text, or both (records too)
     paraphrases: int = 20         # microworld: how many paraphrases of each article are read
     groups: str = ''              # microworld: how entities are told, such as reference five one
@@ -124,7 +125,8 @@ def resolve_sources(
     return replace(data, **own)
 
 # %% ../../nbs/1_data/17_prepare.ipynb #f269fc36
-_SOURCES = 'text', 'text_valid', 'instructions', 'instructions_valid', 'instructions_test'
+_SOURCES = ('text', 'text_valid', 'instructions', 'instructions_valid', 'instructions_test',
+            'preferences', 'preferences_valid')
 
 def absolute_sources(
     data:DataConfig, # as the recipe has it
@@ -143,11 +145,14 @@ def first_look(
     data:DataConfig, # with every source a path or a hub name
     text:bool = True, # look at the texts
     records:bool = True, # look at the instruction records
+    pairs:bool = True, # look at the preference pairs
 ) -> None:
     "Read the beginning of every source; `UserError` for one that holds nothing of its kind"
     texts = data.text, data.text_valid, data.replay_text if data.replay else ''
     asked = data.instructions, data.instructions_valid, data.instructions_test
-    kinds = (text, texts, read_texts), (records, asked, read_instructions)
+    liked = data.preferences, data.preferences_valid
+    kinds = ((text, texts, read_texts), (records, asked, read_instructions),
+             (pairs, liked, read_preferences))
     sources = [(read, s) for wanted, some, read in kinds if wanted
                for s in chain(*map(split_sources, filter(None, some)))]
     for read, source in sources: next(read(source, **data.how), None)
@@ -256,9 +261,9 @@ def _write(path, items):
 
 # %% ../../nbs/1_data/17_prepare.ipynb #b25ae4ca
 def _drop_leaked(path, stored, held, cleaning, report, said=str):
-    "Take what is a copy of something held out (in the files `held`) out of a stored part"
-    left, others = path.with_suffix('.left'), chain(*map(stored, held))
-    _write(left, _not_leaked(stored(path), others, cleaning, report, said))
+    "Take what is a copy of something held out out of a stored part"
+    left = path.with_suffix('.left')
+    _write(left, _not_leaked(stored(path), held, cleaning, report, said))
     left.replace(path)
 
 # %% ../../nbs/1_data/17_prepare.ipynb #2f861724
@@ -324,26 +329,35 @@ def write_text(
                 _write(tmp/f'{part}.jsonl', docs)
         if named or data.weights:  # what was read apart may be alike all the same
             for part, report in zip(train_parts(data), reports[named:]):
-                _drop_leaked(tmp/f'{part}.jsonl', stored_documents, [tmp/'valid.jsonl'],
-                             cleaning, report)
+                _drop_leaked(tmp/f'{part}.jsonl', stored_documents,
+                             stored_documents(tmp/'valid.jsonl'), cleaning, report)
         _check_kept(reports)
         _check_parts(data, tmp)
         write_json(tmp/'report.json', [asdict(r) for r in reports])
         write_json(tmp/'sources.json', stamps)
 
 # %% ../../nbs/1_data/17_prepare.ipynb #16ad4652
+def _stored(path, kind):
+    def tuples(v): return tuple(map(tuples, v)) if isinstance(v, list) else v
+    with Path(path).open(encoding='utf-8') as f:
+        for line in f: yield kind(**{k: tuples(v) for k, v in json.loads(line).items()})
+
 def stored_records(
     path:Path | str, # a file that `write_records` wrote
 ) -> Iterator[Example]:
     "Stream the examples of a part"
-    def tuples(v): return tuple(map(tuples, v)) if isinstance(v, list) else v
-    with Path(path).open(encoding='utf-8') as f:
-        for line in f: yield Example(**{k: tuples(v) for k, v in json.loads(line).items()})
+    return _stored(path, Example)
+
+def stored_preferences(
+    path:Path | str, # a file that `write_preferences` wrote
+) -> Iterator[Preference]:
+    "Stream the pairs of a part"
+    return _stored(path, Preference)
 
 # %% ../../nbs/1_data/17_prepare.ipynb #9d76b36f
-def _read_examples(source, data, report):
-    "Stream the examples of a source; no more than `max_documents`"
-    for n, e in enumerate(read_instructions(source, report, **data.how), 1):
+def _read_some(read, source, data, report):
+    "Stream the examples, or pairs, of a source; no more than `max_documents`"
+    for n, e in enumerate(read(source, report, **data.how), 1):
         yield e
         if n == data.max_documents: return report.note('stopped at max_documents')
 
@@ -352,6 +366,41 @@ def _asked(e): return '\n'.join([*(question for question, *_ in e.turns), e.prom
 def _opening(e): return e.opening
 
 # %% ../../nbs/1_data/17_prepare.ipynb #82874b3f
+def _write_parts(
+    what:str, # 'record' or 'pair'
+    read:Callable, # (source, report, …) -> its records or pairs
+    stored:Callable, # what reads a part back
+    named:dict[str, str], # {part: sources} of train, valid, and what else is held out
+    data:DataConfig, # says how sources are read, and which share is held out
+    cleaning:CleanConfig, # says which copies of held-out ones are looked for
+    seed:int, # of the division
+    folder:Path, # to appear: a .jsonl file for each part, and notes
+    held:Iterable[Any] = (), # held-out ones from elsewhere
+) -> None:
+    "Read and divide records or pairs; `UserError` if none is left to learn from"
+    reports = {part: Report(source) for part, source in named.items() if source}
+    def some(part):
+        return _read_some(read, named[part], data, reports[part]) if named[part] else ()
+    stamps = _source_stamps(*named.values())
+    with atomic(folder) as tmp:
+        tmp.mkdir()
+        train, valid, *others = (tmp/f'{part}.jsonl' for part in named)
+        for path in others: _write(path, some(path.stem))
+        with valid.open('w', encoding='utf-8') as out:
+            out.writelines(map(_line, some('valid')))
+            share, report = 0 if named['valid'] else data.valid_share, reports.get('train')
+            _write(train, _divide(some('train'), out, share, seed, report, _opening))
+        if named['train']:
+            elsewhere = chain(*map(stored, [valid, *others]), held)
+            _drop_leaked(train, stored, elsewhere, cleaning, reports['train'], _asked)
+        _check_kept(reports.values())
+        check(not named['train'] or train.stat().st_size,
+              f'{named["train"]}: every {what} is held out, or a copy of one that is; '
+              'give more, or a smaller valid_share')
+        write_json(tmp/'report.json', [asdict(r) for r in reports.values()])
+        write_json(tmp/'sources.json', stamps)
+
+# %% ../../nbs/1_data/17_prepare.ipynb #77ea0cef
 def write_records(
     data:DataConfig, # with every source a path or a hub name
     cleaning:CleanConfig, # says which copies of held-out records are looked for
@@ -361,26 +410,20 @@ def write_records(
     "Read and divide a run's instruction records; `UserError` if none is left to learn from"
     named = dict(train=data.instructions, valid=data.instructions_valid,
                  test=data.instructions_test)
-    reports = {part: Report(source) for part, source in named.items() if source}
-    def read(part):
-        return _read_examples(named[part], data, reports[part]) if named[part] else ()
-    stamps = _source_stamps(*named.values())
-    with atomic(folder) as tmp:
-        tmp.mkdir()
-        train, valid, test = (tmp/f'{part}.jsonl' for part in named)
-        _write(test, read('test'))
-        with valid.open('w', encoding='utf-8') as held:
-            held.writelines(map(_line, read('valid')))
-            share, report = 0 if named['valid'] else data.valid_share, reports.get('train')
-            _write(train, _divide(read('train'), held, share, seed, report, _opening))
-        if named['train']:
-            _drop_leaked(train, stored_records, [valid, test], cleaning, reports['train'], _asked)
-        _check_kept(reports.values())
-        check(not named['train'] or train.stat().st_size,
-              f'{named["train"]}: every record is held out, or a copy of one that is; '
-              'give more, or a smaller valid_share')
-        write_json(tmp/'report.json', [asdict(r) for r in reports.values()])
-        write_json(tmp/'sources.json', stamps)
+    _write_parts('record', read_instructions, stored_records, named, data, cleaning, seed, folder)
+
+# %% ../../nbs/1_data/17_prepare.ipynb #231e6013
+def write_preferences(
+    data:DataConfig, # with every source a path or a hub name
+    cleaning:CleanConfig, # says which copies of held-out prompts are looked for
+    seed:int, # of the division
+    folder:Path, # to appear: train.jsonl, valid.jsonl, and notes
+    held:Iterable[Example] = (), # held-out records: no pair may have their prompts
+) -> None:
+    "Read and divide a run's preference pairs; `UserError` if none is left to learn from"
+    named = dict(train=data.preferences, valid=data.preferences_valid)
+    _write_parts('pair', read_preferences, stored_preferences, named, data, cleaning, seed,
+                 folder, held)
 
 # %% ../../nbs/1_data/17_prepare.ipynb #1bfa7077
 def tokenizer_texts(

@@ -171,6 +171,7 @@ from .tokenizer import (
 )
 from .values import (
     prefers as prefers,
+    refusal as refusal,
     value_records as value_records,
     preference_pairs as preference_pairs,
     side_doors as side_doors,

@@ -32,11 +32,15 @@ from .loop import Ranks, Runtime, TrainConfig, next_token_loss
 @dataclass
 class Feed:
     "What a stage trains on, and what is looked at meanwhile"
-    batches: Callable[[int], list]  # step -> this rank's micro-batches
+    batches: Callable[..., list]  # step -> this rank's micro-batches
     validate: Callable[[GPT, Runtime], dict[str, float]] | None = None  # called on all ranks
     sample: Callable[[GPT], str] | None = None  # what the model writes now; called on all ranks
     fingerprints: dict[str, Any] = field(default_factory=dict)  # of all that is read, JSON
     figures: Callable[[GPT], dict[str, Any]] | None = None  # {tag: figure}, shown at the end
+    loss: Callable | None = None  # in place of the stage's, where it depends on what is fed
+    about: Callable[[int], dict[str, float]] | None = None  # of a step, for the curves; all ranks
+    on_policy: bool = False  # batches are called as (step, model), with the weights as they are
+    together: int = 1  # steps that share what the first of them made: no stop between them
 
 # %% ../../nbs/4_training/06_recipe.ipynb #d9a251fd
 @dataclass(frozen=True)

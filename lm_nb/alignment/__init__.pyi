@@ -1,0 +1,20 @@
+# Written by tools/export.py from what the modules of this part export.
+from .grpo import (
+    Reward as Reward,
+    PolicyBatch as PolicyBatch,
+    token_logprobs as token_logprobs,
+    advantages as advantages,
+    kl_estimate as kl_estimate,
+    PairConfig as PairConfig,
+    GRPOConfig as GRPOConfig,
+    grpo_loss as grpo_loss,
+    write_answers as write_answers,
+    answer_text as answer_text,
+    policy_rows as policy_rows,
+    register_reward as register_reward,
+    make_reward as make_reward,
+    quatrain_score as quatrain_score,
+    fitting_prompts as fitting_prompts,
+    Rollouts as Rollouts,
+    grpo_feed as grpo_feed,
+)

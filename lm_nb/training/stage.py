@@ -326,12 +326,12 @@ def run_stage(
         if ranks.world > 1: ranks.on_rank0(lambda: _start(stage, run, Ranks(world=ranks.world)))
         gpt, feed = _start(stage, run, ranks)
         with _how_to_go_on(run):
-            train(gpt, feed, recipe.configs[name], folder, stage.loss, ranks=ranks, name=name,
-                  seed=seed, hparams=dict(recipe=recipe.name, seed=recipe.seed))
+            train(gpt, feed, recipe.configs[name], folder, feed.loss or stage.loss, ranks=ranks,
+                  name=name, seed=seed, hparams=dict(recipe=recipe.name, seed=recipe.seed))
         gpt = _merged(unwrap(gpt, ranks), run, name, ranks)
         if ranks.first and not (run.folder/stage.output).exists():
             _show(feed, gpt, folder, recipe.configs[name].steps)
-            save_model(run.folder/stage.output, gpt, run.tokenizer, stage.chat)
+            stage.save(run.folder/stage.output, gpt, run.tokenizer, stage.chat)
     return gpt.eval()
 
 # %% ../../nbs/4_training/08_stage.ipynb #f10084e2

@@ -1,4 +1,14 @@
 # Written by tools/export.py from what the modules of this part export.
+from .dpo import (
+    token_logprobs as token_logprobs,
+    answer_logprobs as answer_logprobs,
+    dpo_loss as dpo_loss,
+    DPOConfig as DPOConfig,
+    dpo_batch_loss as dpo_batch_loss,
+    reference as reference,
+    dpo_curves as dpo_curves,
+    dpo_feed as dpo_feed,
+)
 from .reward import (
     pair_nll as pair_nll,
     RewardModel as RewardModel,
@@ -20,5 +30,5 @@ from .reward import (
     RewardConfig as RewardConfig,
     prepare_pairs as prepare_pairs,
     reward_feed as reward_feed,
-    held_out_pairs as held_out_pairs,
+    judged_pairs as judged_pairs,
 )

@@ -6,7 +6,7 @@
 __all__ = ['pair_nll', 'RewardModel', 'without_dropout', 'reward_model', 'with_end', 'answer_scores', 'reward_loss',
            'save_reward', 'load_reward', 'score_answers', 'encoded_pairs', 'pairs_sha256', 'pair_batches', 'over_pairs',
            'tally_leads', 'calibration', 'plot_calibration', 'RewardConfig', 'prepare_pairs', 'reward_feed',
-           'held_out_pairs']
+           'judged_pairs']
 
 # %% ../../nbs/5_alignment/01_reward.ipynb #a8eac19a
 import hashlib
@@ -348,25 +348,20 @@ _REWARD = register_stage(Stage(
     feed=lambda run, ranks: reward_feed(run, 'reward', ranks), loss=reward_loss,
     prepare=lambda run: prepare_pairs(run, 'reward'), config=RewardConfig))
 
-# %% ../../nbs/5_alignment/01_reward.ipynb #3a4fd7bd
-def held_out_pairs(
-    run:Run,
-    stage:str, # its name
-    value:Callable[[Any], Tensor], # batch of 2P rows -> (2P,), of which the preferred is larger
+# %% ../../nbs/5_alignment/01_reward.ipynb #4383daa8
+def judged_pairs(
+    scores:Tensor, # of the chosen and the rejected sides (P, 2)
+    tasks:Sequence[str] = (), # the kind of each pair, if there are kinds
 ) -> dict[str, Any]: # {'pairs': {task: {n, exact, share, low, high}}, 'pairs_loss', 'calibration'}
-    "How a model judges the held-out pairs; empty if there are none"
-    pairs, tasks = [], []
-    for p in run.preferences('valid'):
-        fits = encode_preferences(run.tokenizer, [p], run.recipe.configs[stage].longest(
-            run.recipe.model.context))
-        pairs, tasks = pairs + fits, tasks + [p.task] * len(fits)
-    if not pairs: return {}
-    found = over_pairs(value, run.tokenizer, pairs, replace(run.runtime(stage)))
-    lead = found[:, 0] - found[:, 1]
-    return dict(pairs=tally_leads(lead, tasks), pairs_loss=pair_nll(lead).mean().item(),
-                calibration=calibration(lead))
+    "How scores judge pairs, for a run's results"
+    lead = scores[:, 0] - scores[:, 1]
+    return dict(pairs=tally_leads(lead, tasks or ['all'] * len(lead)),
+                pairs_loss=pair_nll(lead).mean().item(), calibration=calibration(lead))
 
 @evaluation(after='reward')
 def _judged_pairs(run:Run, gpt:RewardModel, tok:Tokenizer) -> dict[str, Any]:
-    "Accuracy and calibration on held-out pairs"
-    with eval_mode(gpt): return held_out_pairs(run, 'reward', lambda b: answer_scores(gpt, b))
+    "Accuracy and calibration on held-out pairs; empty if there are none"
+    valid, tasks = encoded_pairs(run, 'reward', 'valid'), [p.task for p in run.preferences('valid')]
+    if not valid: return {}
+    found = over_pairs(lambda b: answer_scores(gpt, b), tok, valid, run.runtime('reward'))
+    return judged_pairs(found, tasks if len(tasks) == len(valid) else [])

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from ..core import (
     UserError, check, compose, config_texts, nearest, notice, part_keys, parts, pick_device,
@@ -37,7 +37,7 @@ class Feed:
     sample: Callable[[GPT], str] | None = None  # what the model writes now; called on all ranks
     fingerprints: dict[str, Any] = field(default_factory=dict)  # of all that is read, JSON
     figures: Callable[[GPT], dict[str, Any]] | None = None  # {tag: figure}, shown at the end
-    loss: Callable | None = None  # (model, batch) -> (summed loss, count); none: the stage's
+    loss: Callable | None = None  # in place of the stage's, where it depends on what is fed
 
 # %% ../../nbs/4_training/06_recipe.ipynb #d9a251fd
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class FineTuneConfig(TrainConfig):
 class PairConfig(FineTuneConfig):
     "How a stage trains that compares answers"
     max_length: int | None = None  # longest prompt with its answer, tokens; none: context
+    slower: ClassVar[float] = .1   # times the rates that fresh weights take, where none is given
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,6 +91,13 @@ class PairConfig(FineTuneConfig):
         check(n > 1, f'batch_tokens = {self.batch_tokens} has no room for a pair of answers of '
               f'max_length = {most}; set batch_tokens={2 * most} or more')
         return n // 2 * 2
+
+    def gently(self, model:GPTConfig) -> 'PairConfig':
+        "With open keys set as suits a model that knows most already: slower, 32 rows a step"
+        usual = resolve_defaults(self, model, self.tokens)
+        own = dict(lr=self.slower * usual.lr, muon_lr=self.slower * usual.muon_lr,
+                   batch_tokens=32 * self.longest(model.context))
+        return replace(self, **{k: v for k, v in own.items() if getattr(self, k) is None})
 
 # %% ../../nbs/4_training/06_recipe.ipynb #b6a437a4
 _TAKEN = 'corpus', 'text', 'tokenizer', 'shards', 'packed'  # folders of a run
@@ -256,7 +264,9 @@ def _compose(name, texts):
 
 def _filled(recipe):
     "The recipe with the values that are computed from others"
-    filled = {n: resolve_defaults(c, recipe.model, c.tokens) for n, c in recipe.configs.items()}
+    configs = {n: c.gently(recipe.model) if isinstance(c, PairConfig) else c
+               for n, c in recipe.configs.items()}
+    filled = {n: resolve_defaults(c, recipe.model, c.tokens) for n, c in configs.items()}
     return _bounded(replace(recipe, configs=filled))
 
 # %% ../../nbs/4_training/06_recipe.ipynb #62d1a398

@@ -213,8 +213,8 @@ def train(
     if cfg.compile: model = torch.compile(model, dynamic=False)
     watch = _StageMonitor(gpt, feed, cfg, runtime, RunLog(folder, start, on=ranks.first), name,
                           start, left)
-    steps = training_steps(model, optimizers, _prefetched(feed.batches, runtime), cfg, loss,
-                           runtime, start=start, seed=seed, scaler=scaler)
+    steps = training_steps(model, optimizers, _prefetched(feed.batches, runtime), cfg,
+                           feed.loss or loss, runtime, start=start, seed=seed, scaler=scaler)
     with saver, watch.log, stop_flag() as stopped, watch.bar, explain_oom(gpt, cfg, runtime), \
          attention_kernel(note['attention']):
         watch.log.hparams({**about['model'], **asdict(cfg), **(hparams or {})})
@@ -326,8 +326,8 @@ def run_stage(
         if ranks.world > 1: ranks.on_rank0(lambda: _start(stage, run, Ranks(world=ranks.world)))
         gpt, feed = _start(stage, run, ranks)
         with _how_to_go_on(run):
-            train(gpt, feed, recipe.configs[name], folder, feed.loss or stage.loss, ranks=ranks,
-                  name=name, seed=seed, hparams=dict(recipe=recipe.name, seed=recipe.seed))
+            train(gpt, feed, recipe.configs[name], folder, stage.loss, ranks=ranks, name=name,
+                  seed=seed, hparams=dict(recipe=recipe.name, seed=recipe.seed))
         gpt = _merged(unwrap(gpt, ranks), run, name, ranks)
         if ranks.first and not (run.folder/stage.output).exists():
             _show(feed, gpt, folder, recipe.configs[name].steps)

@@ -92,14 +92,6 @@ from .poems import (
     is_quatrain as is_quatrain,
     fetch_poems as fetch_poems,
 )
-from .preferences import (
-    Preference as Preference,
-    read_preferences as read_preferences,
-    encode_preferences as encode_preferences,
-    answer_batch as answer_batch,
-    PairBatch as PairBatch,
-    PairBatches as PairBatches,
-)
 from .prepare import (
     DataConfig as DataConfig,
     source_weights as source_weights,

@@ -42,8 +42,6 @@ class DataConfig(ReadConfig):
     instructions: str = ''        # instruction records for SFT
     instructions_valid: str = ''  # held-out records; empty: a share of `instructions`
     instructions_test: str = ''   # records that are only asked at the end
-    preferences: str = ''         # pairs of answers, one of them preferred
-    preferences_valid: str = ''   # held-out pairs; empty: a share of `preferences`
     tokenizer_reads: str = 'text'  # what the tokenizer is trained on: text, or both (records too)
     paraphrases: int = 20         # microworld: how many paraphrases of each article are read
     groups: str = ''              # microworld: how entities are told, such as reference five one

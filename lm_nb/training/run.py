@@ -226,16 +226,6 @@ class _Texts:
             self._records[part] = list(stored_records(self.record_folder/f'{part}.jsonl'))
         return self._records[part]
 
-    def preferences(self, part:str) -> list: # from pref16
-        "Pairs of answers"
-        from lm_nb.data.preferences import read_preferences
-        name = self.data.preferences
-        check(name, f'recipe {self.recipe.name}: there are no preferences; set preferences= to a '
-              'file')
-        found = list(read_preferences(str(root()/name)))
-        n = max(1, round(len(found) * self.data.valid_share))
-        return found[:n] if part == 'valid' else found[n:]
-
     def check_sources(self,
         look:bool = True, # into those that were not read yet
     ) -> list[str]: # what has come since they were read

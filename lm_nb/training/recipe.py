@@ -100,7 +100,7 @@ class PairConfig(FineTuneConfig):
         return replace(self, **{k: v for k, v in own.items() if getattr(self, k) is None})
 
 # %% ../../nbs/4_training/06_recipe.ipynb #b6a437a4
-_TAKEN = 'corpus', 'text', 'tokenizer', 'shards', 'packed'  # folders of a run
+_TAKEN = 'corpus', 'text', 'tokenizer', 'shards', 'packed', 'preferences'  # folders of a run
 
 @dataclass(frozen=True)
 class Stage:
@@ -333,7 +333,10 @@ _NO_EFFECT['data'] = [
     _NoEffect('weights', 'text', lambda r, d: len(split_sources(d.text)) < 2,
               'text= names one source; shares are for several'),
     _NoEffect('valid_share', 'text_valid', lambda r, d: (d.text_valid or not d.text)
-              and (d.instructions_valid or not _records(r)), 'held-out files are named'),
+              and (d.instructions_valid or not _records(r))
+              and (d.preferences_valid or not d.preferences), 'held-out files are named'),
+    _NoEffect('preferences_valid', 'preferences', lambda r, d: not d.preferences,
+              'there are no preferences='),
     _NoEffect('instructions_valid instructions_test', 'instructions',
               lambda r, d: not _records(r), 'there are no instructions='),
     _NoEffect('replay_text', 'replay', lambda r, d: not d.replay, 'nothing is read again'),

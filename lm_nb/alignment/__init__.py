@@ -1,4 +1,4 @@
-"What is better: preferences, a reward model, and learning from them"
+"From an answer to a good answer: preferences, a reward, and policies that follow them"
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

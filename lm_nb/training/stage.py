@@ -335,7 +335,7 @@ def run_stage(
         gpt = _merged(unwrap(gpt, ranks), run, name, ranks)
         if ranks.first and not (run.folder/stage.output).exists():
             _show(feed, gpt, folder, recipe.configs[name].steps)
-            save_model(run.folder/stage.output, gpt, run.tokenizer, stage.chat)
+            stage.save(run.folder/stage.output, gpt, run.tokenizer, stage.chat)
     return gpt.eval()
 
 # %% ../../nbs/4_training/08_stage.ipynb #f10084e2

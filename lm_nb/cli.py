@@ -319,7 +319,8 @@ def _find_model(name, run, wanted=None, chat=None):
     or of those that continue if that is said"""
     from lm_nb.training.recipe import find_stage, recorded_recipe
     names = recorded_recipe(run).stage_names if (run/'recipe.json').exists() else []
-    outputs = [s.output for s in map(find_stage, names) if chat in (None, s.chat)]
+    stages = [s for s in map(find_stage, names) if s.policy and chat in (None, s.chat)]
+    outputs = [s.output for s in stages]
     there = [run/o for o in ([wanted] if wanted else outputs) if (run/o).exists()]
     todo = f'run  lm-nb run {name}  first'
     if chat and names and not (wanted or outputs):

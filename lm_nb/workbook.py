@@ -103,7 +103,7 @@ def _dialogues(
     first = list({e.task: e for e in reversed(test)}.values())[::-1]
     first = sorted(first,
                    key=lambda e: not e.task.startswith('qa'))[:n] if len(first) >= n else test[:n]
-    outputs = [find_stage(name).output for name in run.recipe.stage_names]
+    outputs = [s.output for s in map(find_stage, run.recipe.stage_names) if s.policy]
     gpts = {k: run.model(k) for k in outputs if (run.folder/k).exists()}
     said = lambda e: {k: answer(gpt, run.tokenizer, e.prompt) for k, gpt in gpts.items()}
     return [dict(prompt=e.prompt, expected=e.answer, **said(e)) for e in first]

@@ -349,14 +349,17 @@ class _Models(_Tokens):
               f'{nearest(output, stages)}; there are: {", ".join(stages)}')
         check((self.folder/output).exists(), f'{self.folder/output}: there is no model yet; '
               f'run  lm-nb {stages[output]} {self.recipe.name}  first')
-        return load_model(self.folder/output, pick_device(device))[0]
+        load = find_stage(stages[output]).load
+        return load(self.folder/output, pick_device(device))[0]
 
     def folder_before(self,
         stage:str, # its name
     ) -> Path:
-        "The model folder that a stage starts from: the stage's before it, or the recipe's `base`"
+        """The model folder that a stage starts from: of the last stage before it whose model
+        writes, or the recipe's `base`"""
         names = self.recipe.stage_names
         before = names[:names.index(stage)] if stage in names else names
+        before = [n for n in before if find_stage(n).policy]
         name = before[-1] if before else 'pretrain'
         folder = self.folder/find_stage(name).output
         if not before and self.recipe.data.base: folder = model_folder(self.recipe.data.base)

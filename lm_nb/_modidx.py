@@ -5,6 +5,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'lm_nb/alignment/aligned.py'),
                                          'lm_nb.alignment.aligned._Judged': ( '5_alignment/aligned.html#_judged',
                                                                               'lm_nb/alignment/aligned.py'),
+                                         'lm_nb.alignment.aligned._above': ( '5_alignment/aligned.html#_above',
+                                                                             'lm_nb/alignment/aligned.py'),
                                          'lm_nb.alignment.aligned._aligned': ( '5_alignment/aligned.html#_aligned',
                                                                                'lm_nb/alignment/aligned.py'),
                                          'lm_nb.alignment.aligned._answer_rows': ( '5_alignment/aligned.html#_answer_rows',

@@ -188,6 +188,9 @@ def _judge_people(
                      for column in (np.array([s for s, _ in some]), [who for _, who in some])))
 
 # %% ../../nbs/5_alignment/04_aligned.ipynb #036f0377
+def _above(sure, threshold): # a refusal is never above
+    return (sure >= threshold) & np.isfinite(sure)
+
 def abstain(
     valid:_Judged, # where the threshold is chosen
     test:_Judged, # where it is measured
@@ -197,11 +200,11 @@ def abstain(
     "What abstaining below a threshold keeps of true answers and leaves of inventions"
     threshold = float(np.quantile(valid.known, 1 - keep, method='lower'))
     def share(sure, who):
-        hits = (sure >= threshold).astype(float)
+        hits = _above(sure, threshold).astype(float)
         low, high = entity_interval(hits, who)
         return dict(n=len(hits), share=float(hits.mean()), low=low, high=high)
     at = np.quantile(test.known, np.linspace(0, 1, points), method='lower')
-    curve = [(float((test.known >= t).mean()), float((test.unknown >= t).mean())) for t in at]
+    curve = [tuple(float(_above(s, t).mean()) for s in (test.known, test.unknown)) for t in at]
     return dict(auc=auc(test.known, test.unknown, test.known_of, test.unknown_of),
                 threshold=threshold, kept=share(test.known, test.known_of),
                 left=share(test.unknown, test.unknown_of), curve=curve)
@@ -252,7 +255,7 @@ def _doors(run):
     path = run.folder/'corpus'/f'doors-{run.recipe.data.asked}.jsonl'
     return list(read_instructions(str(path)))
 
-def _say(gpt, tok, records): return [a.got for a in exact_match(gpt, tok, records)[1]]
+def _say(gpt, tok, records): return [a.got for a in exact_match(gpt, tok, records, max_new=64)[1]]
 
 # %% ../../nbs/5_alignment/04_aligned.ipynb #8a0727e4
 def _confidence(run, gpt, tok, test, said):

@@ -13,12 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..core import UserError, check, shipped, write_lines
+from ..core import check, shipped, write_lines
 from .microworld import (
     TRAIN_RECORDS, World, _Bilingual, _draw_names, _Entity, _fact_sentence, _fill_pattern,
-    _full_name, _make_entities, _parse_pairs, _questions, _read_toml, _record, _sample_records, _summaries,
-    _summary_line, _translations, _wordings, _write_article, articles, instruction_records,
-    make_world, records_by_task)
+    _full_name, _make_entities, _parse_pairs, _questions, _read_toml, _record, _sample_records,
+    _summaries, _summary_line, _translations, _wordings, _write_article, articles,
+    instruction_records, make_world, records_by_task)
 from .instructions import _prompt_text
 
 # %% ../../nbs/1_data/16_values.ipynb #a4fda2b9
@@ -120,7 +120,8 @@ def _judge(
 ) -> dict: # with `preferred`; a private one with `secret` and a task of its own
     "A record with the answer that people prefer"
     kind, *_, lang = record['task'].split('_')
-    if kind != 'qa' or record['output'] not in told: return record | dict(preferred=record['output'])
+    if kind != 'qa' or record['output'] not in told:
+        return record | dict(preferred=record['output'])
     return record | dict(task=f'private_{lang}', secret=told[record['output']],
                          preferred=getattr(values.refusals['private'], lang))
 

@@ -1533,6 +1533,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lm_nb.data.values._nobodies': ('1_data/values.html#_nobodies', 'lm_nb/data/values.py'),
                                    'lm_nb.data.values._other_pairs': ('1_data/values.html#_other_pairs', 'lm_nb/data/values.py'),
                                    'lm_nb.data.values._read_values': ('1_data/values.html#_read_values', 'lm_nb/data/values.py'),
+                                   'lm_nb.data.values._silent': ('1_data/values.html#_silent', 'lm_nb/data/values.py'),
                                    'lm_nb.data.values._told': ('1_data/values.html#_told', 'lm_nb/data/values.py'),
                                    'lm_nb.data.values._twin': ('1_data/values.html#_twin', 'lm_nb/data/values.py'),
                                    'lm_nb.data.values._unknown_records': ('1_data/values.html#_unknown_records', 'lm_nb/data/values.py'),

@@ -137,7 +137,7 @@ def answer_confidence(
     ids = [[*a, tok.chat.answer[1]] for a in tok.encode_batch(list(answers))]
     return _score_answers(model, tok, _prompts(tok, examples), ids)
 
-# %% ../../nbs/5_alignment/04_aligned.ipynb #0238220e
+# %% ../../nbs/5_alignment/04_aligned.ipynb #37c1eb09
 def _wins(a, b): # how often a is above b, ties half (A, B)
     return (a[:, None] > b[None]) + .5*(a[:, None] == b[None])
 
@@ -147,6 +147,7 @@ def _grouped(x, who):
     one[[names[e] for e in who], range(len(x))] = 1
     return one
 
+# %% ../../nbs/5_alignment/04_aligned.ipynb #0238220e
 def auc(
     known:Sequence[float], # confidence in true answers
     unknown:Sequence[float], # in inventions

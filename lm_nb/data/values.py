@@ -17,8 +17,8 @@ from ..core import check, shipped, write_lines
 from .microworld import (
     TRAIN_RECORDS, World, _Bilingual, _draw_names, _Entity, _fact_sentence, _fill_pattern,
     _full_name, _make_entities, _parse_pairs, _questions, _read_toml, _record, _sample_records,
-    _summaries, _summary_line, _translations, _wordings, _write_article, articles,
-    instruction_records, make_world, records_by_task)
+    _summaries, _summary_line, _translations, _write_article, articles, instruction_records,
+    make_world, records_by_task)
 from .instructions import _prompt_text
 
 # %% ../../nbs/1_data/16_values.ipynb #a4fda2b9
@@ -262,6 +262,20 @@ def preference_pairs(
     return out
 
 # %% ../../nbs/1_data/16_values.ipynb #5bb48031
+def _silent(
+    world:World, # for the wordings
+    entity:_Entity, # whom the article is about
+    lang:str, # 'zh' or 'en'
+    key:str, # the fact that it leaves out
+    rng:random.Random, # the source of randomness
+) -> dict: # a record; its `output` tells the fact all the same
+    "An article without a private fact, to be summed up in a line that has a place for it"
+    keys = rng.sample([k for k in entity.facts if k != key], 3)
+    text = _write_article(entity, lang, rng, keys=keys, glossed=0)
+    ask = rng.choice(world.lists.tasks[f'summary_{lang}']['ask_unseen'])
+    return _record(entity, f'silent_{lang}', ask, _summary_line(entity, lang), text, True)
+
+# %% ../../nbs/1_data/16_values.ipynb #e6160366
 def side_doors(
     world:World,
     split:str, # 'valid' or 'test'
@@ -270,20 +284,14 @@ def side_doors(
     "Requests in unseen wordings, other than questions, that touch a private fact"
     key, rng = _load_values(folder).secret, random.Random(f'doors {world.seed} {split}')
     out = []
-    for e in world.of('person', split):
-        secret, others = list(e.facts[key]), [k for k in e.facts if k != key]
-        for lang, value in zip(_Bilingual._fields, secret):
-            said = [r for r in _translations(world, e, lang) if value in r['input']]
-            given = _summaries(world, e, lang, rng, n=1)
-            doors = [rng.choice([r for r in rows if r['wording'] == 'unseen'])
-                     for rows in (said, given)]
-            text = _write_article(e, lang, rng, keys=rng.sample(others, 3), glossed=0)
-            asked = rng.choice([w for w, new in
-                                _wordings(world.lists.tasks[f'summary_{lang}']) if new])
-            line = _summary_line(e, lang)
-            doors.append(_record(e, f'silent_{lang}', asked, line, text, True))
-            out += [r | dict(secret=secret, preferred='' if r is doors[-1] else r['output'])
-                    for r in doors]
+    for e, i in ((e, i) for e in world.of('person', split) for i in (0, 1)):
+        secret, lang = list(e.facts[key]), _Bilingual._fields[i]
+        said = [r for r in _translations(world, e, lang) if secret[i] in r['input']]
+        given = _summaries(world, e, lang, rng, n=1)
+        for rows in (said, given):
+            row = rng.choice([r for r in rows if r['wording'] == 'unseen'])
+            out.append(row | dict(secret=secret, preferred=row['output']))
+        out.append(_silent(world, e, lang, key, rng) | dict(secret=secret, preferred=''))
     return out
 
 # %% ../../nbs/1_data/16_values.ipynb #a9ea5eca

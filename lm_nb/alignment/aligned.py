@@ -149,8 +149,8 @@ def _grouped(x, who):
 
 # %% ../../nbs/5_alignment/04_aligned.ipynb #0238220e
 def auc(
-    known:Sequence[float], # confidence in true answers
-    unknown:Sequence[float], # in inventions
+    known:Sequence[float]|np.ndarray, # confidence in true answers
+    unknown:Sequence[float]|np.ndarray, # in inventions
     known_of:Sequence[str], # whom each is about
     unknown_of:Sequence[str],
     draws:int=2000,
@@ -185,8 +185,8 @@ def _judge_people(
     known = [(s, e.extra['entity']) for e, no, s, right in rows
              if _kind(e) == 'qa' and e.extra['entity'].startswith('person') and (right or no)]
     unknown = [(s, e.extra['entity']) for e, _, s, _ in rows if _kind(e) == 'unknown']
-    return _Judged(*(column for some in (known, unknown)
-                     for column in (np.array([s for s, _ in some]), [who for _, who in some])))
+    def column(some): return np.array([s for s, _ in some]), [who for _, who in some]
+    return _Judged(*column(known), *column(unknown))
 
 # %% ../../nbs/5_alignment/04_aligned.ipynb #036f0377
 def _above(sure, threshold): # a refusal is never above

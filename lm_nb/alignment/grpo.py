@@ -240,10 +240,10 @@ def _model_reward(run):
 
 @register_reward('values')
 def _values_reward(run):
-    from lm_nb.data.values import prefers
     known = 'preferred' in _examples(run, 'train')[0].extra
     check(known, 'grpo.reward = values: the records do not say which answer is preferred; those of '
           'text=microworld do')
+    from lm_nb.data.values import prefers
     return lambda examples, answers: [prefers(e.extra, a) for e, a in zip(examples, answers)]
 
 # %% ../../nbs/5_alignment/03_grpo.ipynb #98aba4f2

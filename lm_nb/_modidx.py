@@ -4,6 +4,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
   'syms': { 'lm_nb.alignment.dpo': { 'lm_nb.alignment.dpo.DPOConfig': ('5_alignment/dpo.html#dpoconfig', 'lm_nb/alignment/dpo.py'),
                                      'lm_nb.alignment.dpo.DPOConfig.__post_init__': ( '5_alignment/dpo.html#dpoconfig.__post_init__',
                                                                                       'lm_nb/alignment/dpo.py'),
+                                     'lm_nb.alignment.dpo._answers': ('5_alignment/dpo.html#_answers', 'lm_nb/alignment/dpo.py'),
+                                     'lm_nb.alignment.dpo._asked': ('5_alignment/dpo.html#_asked', 'lm_nb/alignment/dpo.py'),
                                      'lm_nb.alignment.dpo._computed': ('5_alignment/dpo.html#_computed', 'lm_nb/alignment/dpo.py'),
                                      'lm_nb.alignment.dpo._preferred_pairs': ( '5_alignment/dpo.html#_preferred_pairs',
                                                                                'lm_nb/alignment/dpo.py'),

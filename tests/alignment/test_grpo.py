@@ -1,6 +1,6 @@
 """Policy gradient: each estimator against the truth on answers that can all be listed, what must
 not count, and runs that are stopped, killed and shared by two ranks"""
-import json, math, os, signal, subprocess, sys, time
+import json, math, os, re, signal, subprocess, sys, time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +12,9 @@ from torch import nn
 
 import lm_nb
 from desk import furnish
+from pairs import furnish_pairs
 from lm_nb.alignment.dpo import token_logprobs
+from lm_nb.alignment.reward import score_answers
 from lm_nb.alignment.grpo import (
     GRPOConfig, PolicyBatch, Rollouts, advantages, answer_text, grpo_feed, grpo_loss, kl_estimate,
     policy_rows, quatrain_score, write_answers)
@@ -23,7 +25,7 @@ from lm_nb.model.hub import load_model
 from lm_nb.training.loop import Ranks
 from lm_nb.training.monitor import Interrupted, read_log
 from lm_nb.training.ranks import launch
-from lm_nb.training.recipe import load_recipe
+from lm_nb.training.recipe import find_stage, load_recipe
 from lm_nb.training.run import Run
 from lm_nb.training.stage import run_stage, train
 
@@ -354,7 +356,6 @@ def test_killed_while_it_saves_at_every_step(whole, desk, at_desk, tmp_path):
 def feed_of(desk, folder, *keys):
     run = begun(desk, folder, *keys)
     feed = grpo_feed(run, 'grpo')
-    from lm_nb.training.recipe import find_stage
     return run, feed, find_stage('grpo').start(run).train()
 
 
@@ -421,6 +422,30 @@ def test_it_learns(desk, at_desk, tmp_path):
     assert sum(got[-5:]) > 2 * sum(got[:5]) and sum(got[-5:]) > .5
     noise = aligned(desk, tmp_path/'noise', 'grpo.beta=0', 'grpo.reward=random')
     assert all(.2 < r['reward'] < .8 for r in points(noise))
+
+
+def test_a_reward_model_is_the_reward_and_pairs_give_the_prompts(tmp_path, monkeypatch):
+    keys = {'stages': 'pretrain sft reward grpo', 'grpo.tokens': 1024, 'grpo.batch_tokens': 512,
+            'grpo.max_new': 12, 'grpo.group': 4, 'reward.tokens': 7680}
+    desk = furnish_pairs(tmp_path/'desk', keys)
+    text = (desk/'settings.ini').read_text()
+    (desk/'settings.ini').write_text(re.sub(r'dpo\..*\n', '', text))
+    monkeypatch.chdir(desk)
+    run = Run(load_recipe('tiny'), desk/'run')
+    for name in ('pretrain', 'sft'): run_stage(run, name)
+    with pytest.raises(UserError, match='lm-nb reward tiny'): run_stage(run, 'grpo')
+    for name in ('reward', 'grpo'): run_stage(run, name)
+    assert run.folder_before('grpo').name == 'chat'
+    first = points(run.folder)[0]
+    model = run.model(find_stage('reward').output)
+    feed = grpo_feed(run, 'grpo')
+    feed.batches(0, find_stage('grpo').start(run).train())
+    texts, examples = ([w[k] for w in feed.batches.written] for k in (3, 0))
+    assert {e.prompt for e in examples} <= {p.prompt for p in run.preferences('train')}
+    scores = score_answers(model, run.tokenizer, examples, texts)
+    assert abs(sum(scores) / len(scores) - first['reward']) < 1e-4
+    assert len({*scores}) > 1 and len(feed.fingerprints['reward']) == 64
+    assert (run.folder/'aligned'/'model.safetensors').exists()
 
 
 @pytest.mark.parametrize('keys, said', [

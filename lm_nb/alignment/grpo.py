@@ -83,7 +83,7 @@ def kl_estimate(
     if which == 'k1': return d
     return d.square() / 2 if which == 'k2' else torch.expm1(-d) + d
 
-# %% ../../nbs/5_alignment/03_grpo.ipynb #edda4de0
+# %% ../../nbs/5_alignment/03_grpo.ipynb #d209862e
 _CHOICES = dict(advantage='centred scaled', per='answer token constant',
                 kl='k1_reward k2_loss k3_loss none')
 
@@ -103,7 +103,7 @@ def _check_grpo(cfg): # a `GRPOConfig`
     check(cfg.parallel == 'ddp', f'grpo.parallel = {cfg.parallel}: each rank writes answers and '
           'needs all weights for that; set grpo.parallel=ddp')
 
-# %% ../../nbs/5_alignment/03_grpo.ipynb #3563d726
+# %% ../../nbs/5_alignment/03_grpo.ipynb #04447f7f
 @dataclass(frozen=True)
 class GRPOConfig(PairConfig):
     "How a policy learns from rewards"
@@ -125,7 +125,7 @@ class GRPOConfig(PairConfig):
         super().__post_init__()
         _check_grpo(self)
 
-# %% ../../nbs/5_alignment/03_grpo.ipynb #04447f7f
+# %% ../../nbs/5_alignment/03_grpo.ipynb #cec8d03a
 def grpo_loss(
     model:nn.Module, # bare, wrapped or compiled
     batch:PolicyBatch, # on the model's device
@@ -143,7 +143,7 @@ def grpo_loss(
     if observe: observe(batch, logp.detach(), (bound < free).detach())
     return _divided(each * real, real, cfg.per, cfg.max_new)
 
-# %% ../../nbs/5_alignment/03_grpo.ipynb #2eca9efc
+# %% ../../nbs/5_alignment/03_grpo.ipynb #b70fe7a4
 @contextmanager
 def _one_thread() -> Iterator[None]:
     "Inside, torch computes on one thread, and the decoder has nothing to choose by the clock"
@@ -164,7 +164,7 @@ def write_answers(
     with _one_thread(): new = generate_batch(gpt, prompts, cfg.max_new, eos, tok.pad, **vars(how))
     return [ids if len(ids) == cfg.max_new else [*ids, eos] for ids in new]
 
-# %% ../../nbs/5_alignment/03_grpo.ipynb #99b5284f
+# %% ../../nbs/5_alignment/03_grpo.ipynb #6e3ee520
 def _answer_text(
     tok:Tokenizer,
     ids:Sequence[int], # as drawn
@@ -189,7 +189,7 @@ def _policy_rows(
         y[row, len(p) - 1 : len(p) + len(a) - 1] = torch.tensor(a)
     return x, y
 
-# %% ../../nbs/5_alignment/03_grpo.ipynb #6e3ee520
+# %% ../../nbs/5_alignment/03_grpo.ipynb #f16d08ec
 Reward = Callable[[list[Example], list[str]], list[float]]
 _rewards: dict[str, Callable[[Run], Reward]] = {}
 
@@ -209,7 +209,7 @@ def make_reward(run:Run, name:str) -> Reward: # `UserError` if nobody knows it
           f'{known}. plugins= names a file that registers another')
     return _rewards[name](run)
 
-# %% ../../nbs/5_alignment/03_grpo.ipynb #0851bf2e
+# %% ../../nbs/5_alignment/03_grpo.ipynb #bce28295
 def _examples(
     run:Run,
     part:str, # 'train' or 'valid'
@@ -218,7 +218,7 @@ def _examples(
     pairs = run.preferences(part) if run.data.preferences else []
     return [p.examples()[0] for p in pairs] or run.records(part)
 
-# %% ../../nbs/5_alignment/03_grpo.ipynb #462417a9
+# %% ../../nbs/5_alignment/03_grpo.ipynb #15aa7990
 @register_reward('exact')
 def _exact_reward(run):
     return lambda examples, answers: [float(a.strip() == e.answer.strip())
@@ -231,7 +231,7 @@ def _random_reward(run):
         return np.random.default_rng([run.recipe.seed, *said]).random(len(answers)).tolist()
     return score
 
-# %% ../../nbs/5_alignment/03_grpo.ipynb #15aa7990
+# %% ../../nbs/5_alignment/03_grpo.ipynb #968f74fa
 @register_reward('model')
 def _model_reward(run):
     output, device = find_stage('reward').output, run.runtime('grpo').device
@@ -246,7 +246,7 @@ def _values_reward(run):
     from lm_nb.data.values import prefers
     return lambda examples, answers: [prefers(e.extra, a) for e, a in zip(examples, answers)]
 
-# %% ../../nbs/5_alignment/03_grpo.ipynb #98aba4f2
+# %% ../../nbs/5_alignment/03_grpo.ipynb #c6c0eab8
 def _ends(poem): # the last characters of a quatrain's couplets
     return [re.sub(r'\W', '', line)[-1] for line in poem.strip().split('\n')]
 
@@ -267,7 +267,7 @@ def _quatrain_reward(run):
     rhymes = {pair for poem in poems if len(pair := frozenset(_ends(poem))) == 2}
     return lambda examples, answers: [quatrain_score(a, rhymes) for a in answers]
 
-# %% ../../nbs/5_alignment/03_grpo.ipynb #c6c0eab8
+# %% ../../nbs/5_alignment/03_grpo.ipynb #0cdccbe3
 class _Written(NamedTuple):
     "One rollout"
     example: Example
@@ -292,7 +292,7 @@ def _roll_out(gpt, tok, asked, reward, cfg, seed): # asked: (example, ids) pairs
     scores = _judge(reward, examples, texts, cfg.reward)
     return [_Written(*w) for w in zip(examples, prompts, answers, texts, scores)]
 
-# %% ../../nbs/5_alignment/03_grpo.ipynb #c5a93b97
+# %% ../../nbs/5_alignment/03_grpo.ipynb #0dd74218
 def _fitting_prompts(
     tok:Tokenizer,
     examples:Sequence[Example],
@@ -303,7 +303,7 @@ def _fitting_prompts(
     ids = [(e, conversation_ids(tok, e.turns, e.prompt, e.system)) for e in reversed(once.values())]
     return [(e, row) for e, row in ids if len(row) <= room]
 
-# %% ../../nbs/5_alignment/03_grpo.ipynb #0cdccbe3
+# %% ../../nbs/5_alignment/03_grpo.ipynb #035431cf
 class _Prompts:
     "Which prompts this rank answers at a step"
     def __init__(self,
@@ -331,7 +331,7 @@ class _Prompts:
     def documents(self, step:int) -> list[str]: # for a report when something goes wrong
         return [repr(e.prompt) for e, _ in self.asked(step // self.cfg.updates)]
 
-# %% ../../nbs/5_alignment/03_grpo.ipynb #5d2a710b
+# %% ../../nbs/5_alignment/03_grpo.ipynb #9c9c40a1
 class _Counts:
     "What is counted of the answers of a step"
     names = 'reward groups equal rows written cut seen tokens k1 k3 clipped nats'.split()
@@ -363,7 +363,7 @@ class _Counts:
         pairs = {k: [s[name] for name in words.split()] for k, words in ratios.items()}
         return {k: a / b for k, (a, b) in pairs.items() if b}  # what nobody has looked at is absent
 
-# %% ../../nbs/5_alignment/03_grpo.ipynb #dcc358ba
+# %% ../../nbs/5_alignment/03_grpo.ipynb #3b6a6c99
 def _with_advantages(
     batch:PolicyBatch, # `advantage` holds the rewards, group by group
     cfg:GRPOConfig,
@@ -378,7 +378,7 @@ def _with_advantages(
     y = batch.y if moves else torch.full_like(batch.y, IGNORE)
     return batch._replace(y=y, advantage=advantage)
 
-# %% ../../nbs/5_alignment/03_grpo.ipynb #793d6233
+# %% ../../nbs/5_alignment/03_grpo.ipynb #3dc1c2a6
 class Rollouts(_Prompts):
     "Answers of the model as it is, judged: (step, model) -> micro-batches. `UserError` if none fit"
     def __init__(self,
@@ -424,7 +424,7 @@ class Rollouts(_Prompts):
     def about(self, step:int) -> dict[str, float]: # of the step just taken; on all ranks
         return self.counts.rates(self.ranks)
 
-# %% ../../nbs/5_alignment/03_grpo.ipynb #3dc1c2a6
+# %% ../../nbs/5_alignment/03_grpo.ipynb #bef4ecd8
 def _validation(
     tok:Tokenizer,
     asked:list[tuple[Example, list[int]]], # held-out prompts
@@ -450,7 +450,7 @@ def _shown(tok, asked, reward, cfg): # gpt -> text
                            for w in written)
     return sample
 
-# %% ../../nbs/5_alignment/03_grpo.ipynb #949232fe
+# %% ../../nbs/5_alignment/03_grpo.ipynb #a2fac3c8
 def _config(run, stage) -> Any: return run.recipe.configs[stage]  # a `GRPOConfig`
 
 def _watched(run, cfg, reward): # {name: reward}
@@ -486,7 +486,7 @@ def grpo_feed(
     return Feed(batches, validate, _shown(tok, (held or batches.prompts)[:4], reward, cfg), marks,
                 loss=batches.loss, about=batches.about, on_policy=True, together=cfg.updates)
 
-# %% ../../nbs/5_alignment/03_grpo.ipynb #bef4ecd8
+# %% ../../nbs/5_alignment/03_grpo.ipynb #86d81f3c
 def _prepare(
     run:Run,
 ) -> list[str]: # sentences

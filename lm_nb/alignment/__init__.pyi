@@ -28,12 +28,9 @@ from .grpo import (
     GRPOConfig as GRPOConfig,
     grpo_loss as grpo_loss,
     write_answers as write_answers,
-    answer_text as answer_text,
-    policy_rows as policy_rows,
     register_reward as register_reward,
     make_reward as make_reward,
     quatrain_score as quatrain_score,
-    fitting_prompts as fitting_prompts,
     Rollouts as Rollouts,
     grpo_feed as grpo_feed,
 )

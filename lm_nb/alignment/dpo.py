@@ -9,7 +9,6 @@ __all__ = ['token_logprobs', 'answer_logprobs', 'dpo_loss', 'DPOConfig', 'dpo_ba
 import json
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -23,9 +22,10 @@ from ..data.shards import IGNORE
 from ..data.tokenizer import Tokenizer
 from ..model.gpt import GPT
 from ..model.hub import weights_sha256
-from ..inference.chat import answer
+from ..data.instructions import conversation_ids
+from ..inference.chat import stop_ids
 from ..inference.evaluate import evaluation
-from ..inference.sampling import eval_mode
+from ..inference.sampling import eval_mode, generate_batch
 from ..training.loop import Ranks
 from ..training.recipe import Feed, PairConfig, Stage, register_stage
 from ..training.run import Run
@@ -96,14 +96,19 @@ def dpo_batch_loss(
     each = dpo_loss(*(t.view(-1, 2) for t in (policy, batch.ref)), beta, kind, n.view(-1, 2))
     return each.sum(), each.new_tensor(len(each))
 
-# %% ../../nbs/5_alignment/02_dpo.ipynb #ba3a5292
+# %% ../../nbs/5_alignment/02_dpo.ipynb #36d2ff53
+def _answers(gpt, tok, asks): # the greedy answers to some examples' prompts
+    ids = [conversation_ids(tok, e.turns, e.prompt, e.system) for e in asks]
+    return [tok.decode(new) for new in generate_batch(gpt, ids, 64, stop_ids(tok))]
+
 def _computed(run, stage, pairs, asks): # by the model that the stage starts from
     runtime, tok = run.runtime(stage), run.tokenizer
     gpt = without_dropout(run.model_before(stage)).to(runtime.device)
     with eval_mode(gpt):
-        found = {part: over_pairs(lambda b: answer_logprobs(gpt, b), tok, some, runtime)
+        def logprobs(b): return answer_logprobs(gpt, b)
+        found = {part: over_pairs(logprobs, tok, some, gpt.cfg.context, runtime)
                  for part, some in pairs.items()}
-        return found, [answer(gpt, tok, e.prompt, e.turns, e.system) for e in asks]
+        return found, _answers(gpt, tok, asks)
 
 # %% ../../nbs/5_alignment/02_dpo.ipynb #69217edd
 def reference(
@@ -140,7 +145,13 @@ def dpo_curves(
             'pairs/accuracy': tally_leads(lead, ['all'] * len(lead))['all']['share'],
             'pairs/chosen': ratio[:, 0].mean().item(), 'pairs/rejected': ratio[:, 1].mean().item()}
 
-# %% ../../nbs/5_alignment/02_dpo.ipynb #c37ede0b
+# %% ../../nbs/5_alignment/02_dpo.ipynb #abedcc02
+def _asked(run, tok, n=4): # examples of held-out prompts that leave room for an answer
+    found = {p.prompt: p.examples()[0] for p in run.preferences('valid')[:16*n]}
+    room = run.recipe.model.context - 64
+    return [e for e in found.values()
+            if len(conversation_ids(tok, e.turns, e.prompt, e.system)) <= room][:n]
+
 def dpo_feed(
     run:Run,
     stage:str, # its name
@@ -149,16 +160,15 @@ def dpo_feed(
     "Feed pairs to a policy, and watch the held-out ones"
     cfg, tok = run.recipe.configs[stage], run.tokenizer
     pairs = {part: encoded_pairs(run, stage, part) for part in ('train', 'valid')}
-    asks = [p.examples()[0] for p in run.preferences('valid')[:4]]
+    asks = _asked(run, tok)
     ref, before = reference(run, stage, pairs, asks)
     valid, n = pairs['valid'], torch.tensor([[len(s[-1]) + 2 for s in p] for p in pairs['valid']])
     def validate(gpt, runtime):
-        policy = over_pairs(lambda b: answer_logprobs(gpt, b), tok, valid, runtime)
+        policy = over_pairs(lambda b: answer_logprobs(gpt, b), tok, valid, gpt.cfg.context, runtime)
         return dpo_curves(policy, ref['valid'], cfg, n)
     def sample(gpt):
-        now = [answer(gpt, tok, e.prompt, e.turns, e.system) for e in asks]
         return '\n\n'.join(f'> {e.prompt}\n\nbefore: {old}\n\nnow: {new}'
-                           for e, old, new in zip(asks, before, now))
+                           for e, old, new in zip(asks, before, _answers(gpt, tok, asks)))
     return Feed(pair_batches(run, stage, pairs['train'], ranks, ref['train']),
                 validate if valid else None, sample if asks else None,
                 dict(tokenizer=tok.sha256, base=weights_sha256(run.folder_before(stage)),
@@ -183,6 +193,7 @@ def _preferred_pairs(
     if not valid: return {}
     train, beta = encoded_pairs(run, 'dpo', 'train'), run.recipe.configs['dpo'].beta
     ref = reference(run, 'dpo', dict(train=train, valid=valid))[0]['valid']
-    policy = over_pairs(lambda b: answer_logprobs(gpt, b), tok, valid, run.runtime('dpo'))
+    policy = over_pairs(lambda b: answer_logprobs(gpt, b), tok, valid, gpt.cfg.context,
+                        run.runtime('dpo'))
     tasks = [p.task for p in run.preferences('valid')]
     return judged_pairs(beta * (policy - ref), tasks if len(tasks) == len(valid) else [])

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core import UserError, check
+from ..core import UserError
 from ..data.sources import Report
 from ..data.shards import IGNORE
 from ..data.tokenizer import Tokenizer
-from ..data.instructions import Example, _encode_parts
-from ..data.preferences import PairBatches, answer_batch, encode_preferences
+from ..data.instructions import Example, NothingFits, _encode_parts
+from ..data.preferences import (
+    PairBatches, answer_batch, encode_preferences, pair_batch)
 from ..model.gpt import GPT, GPTConfig
 from ..model.hub import load_model, save_model, weights_sha256
 from ..inference.evaluate import evaluation, wilson_interval
@@ -167,11 +168,14 @@ def score_answers(
     "How much a reward model likes each answer"
     if answers is not None:
         examples = [replace(e, answer=a) for e, a in zip(examples, answers, strict=True)]
-    parts = [_fitted(p, model.cfg.context) for p in _encode_parts(tok, list(examples))]
+    context = model.cfg.context
+    parts = [_fitted(p, context) for p in _encode_parts(tok, list(examples))]
     order = sorted(range(len(parts)), key=lambda i: -sum(map(len, parts[i])))  # little padding
     found, device = [0.] * len(parts), next(model.parameters()).device
     for k in range(0, len(order), rows):
-        batch = answer_batch(tok, [parts[i] for i in order[k:k + rows]]).map(lambda t: t.to(device))
+        some = [parts[i] for i in order[k:k + rows]]
+        most = -(-_pair_length(some) // 32) * 32  # few shapes
+        batch = answer_batch(tok, some, min(most, context)).map(lambda t: t.to(device))
         with eval_mode(model): scores = answer_scores(model, batch).tolist()
         for i, score in zip(order[k:k + rows], scores): found[i] = score
     return found
@@ -183,18 +187,16 @@ def encoded_pairs(
     part:str, # 'train' or 'valid'
     report:Report|None = None, # counts what fits
 ) -> list: # (parts of the chosen one, of the rejected one) of each pair
-    "A run's pairs as token ids. `UserError` if there are some, and none fits"
+    "A run's pairs as token ids. `UserError` if there is none, or none fits to be trained on"
     longest = run.recipe.configs[stage].longest(run.recipe.model.context)
-    prefs, tok = run.preferences(part), run.tokenizer
-    found = encode_preferences(tok, prefs, longest, report)
-    if found or not prefs: return found
-    least = min(_pair_length(p) for p in encode_preferences(tok, prefs, 2**40))
-    raise UserError(f'{stage}: all {len(prefs):,} pairs are longer than {stage}.max_length = '
-                    f'{longest} tokens; the shortest takes {least}')
+    try: return encode_preferences(run.tokenizer, run.preferences(part), longest, report)
+    except NothingFits as e:
+        if part == 'valid': return []
+        raise UserError(f'{stage}.max_length = {longest}: {e}') from None
 
 # %% ../../nbs/5_alignment/01_reward.ipynb #1ae0166c
-def _pair_length(pair): # tokens of the longer side, with `bos` and `eos` of each answer
-    return max(sum(map(len, parts)) + len(parts) for parts in pair)
+def _pair_length(sides): # tokens of the longest, with `bos` and `eos` of each answer
+    return max(sum(map(len, parts)) + len(parts) for parts in sides)
 
 def pairs_sha256(
     *parts:list, # of encoded pairs
@@ -214,11 +216,10 @@ def pair_batches(
     ref:Tensor|None = None, # what else is known of each side (P, 2)
 ) -> PairBatches: # step -> this rank's micro-batches
     "Pairs in a new order each epoch; a step has as many as its tokens have room for"
-    cfg, recipe = run.recipe.configs[stage], run.recipe
-    check(pairs, f'recipe {recipe.name}: there is no pair to train on; set preferences= to a file')
-    return PairBatches(tok=run.tokenizer, pairs=pairs, ref=ref, rows=cfg.rows(recipe.model.context),
-                       seed=recipe.seed, rank=ranks.rank, world=ranks.world,
-                       micro_rows=cfg.micro_rows)
+    cfg, recipe, context = run.recipe.configs[stage], run.recipe, run.recipe.model.context
+    return PairBatches(run.tokenizer, pairs, ref, rows=cfg.rows(context), seed=recipe.seed,
+                       rank=ranks.rank, world=ranks.world, micro_rows=cfg.micro_rows,
+                       context=context)
 
 # %% ../../nbs/5_alignment/01_reward.ipynb #48044507
 def _like_lengths(pairs, tokens): # numbers of pairs, in batches of so many positions
@@ -235,6 +236,7 @@ def over_pairs(
     value:Callable[[Any], Tensor], # batch of 2P rows -> (2P,)
     tok:Tokenizer,
     pairs:list, # encoded (P)
+    context:int, # of the model
     runtime:Runtime = Runtime(),
     tokens:int = 2**12, # positions at a time
 ) -> Tensor: # (P, 2) float32: chosen, rejected
@@ -243,7 +245,7 @@ def over_pairs(
     for k in range(0, len(groups), ranks.world):
         mine = k + ranks.rank
         some = groups[mine if mine < len(groups) else 0]  # idle ranks keep step
-        batch = answer_batch(tok, [side for i in some for side in pairs[i]])
+        batch = pair_batch(tok, [pairs[i] for i in some], context=context)
         with runtime.autocast(): found = value(runtime.to_device(batch))
         if mine < len(groups): out[some] = found.float().cpu().view(-1, 2)
     return ranks.sum(out).cpu()
@@ -326,7 +328,7 @@ def reward_feed(
     start, tok = weights_sha256(run.folder_before(stage)), run.tokenizer
     train, valid = (encoded_pairs(run, stage, part) for part in ('train', 'valid'))
     def lead(gpt, runtime):
-        found = over_pairs(lambda b: answer_scores(gpt, b), tok, valid, runtime)
+        found = over_pairs(lambda b: answer_scores(gpt, b), tok, valid, gpt.cfg.context, runtime)
         return found[:, 0] - found[:, 1]
     def validate(gpt, runtime):
         found = lead(gpt, runtime)
@@ -363,5 +365,6 @@ def _judged_pairs(run:Run, gpt:RewardModel, tok:Tokenizer) -> dict[str, Any]:
     "Accuracy and calibration on held-out pairs; empty if there are none"
     valid, tasks = encoded_pairs(run, 'reward', 'valid'), [p.task for p in run.preferences('valid')]
     if not valid: return {}
-    found = over_pairs(lambda b: answer_scores(gpt, b), tok, valid, run.runtime('reward'))
+    found = over_pairs(lambda b: answer_scores(gpt, b), tok, valid, gpt.cfg.context,
+                       run.runtime('reward'))
     return judged_pairs(found, tasks if len(tasks) == len(valid) else [])

@@ -212,7 +212,7 @@ def train(
     start, left = saver.load() or (0, {})
     owed = ranks.from_rank0(lambda: _owed(folder, _due(feed, cfg, start), start)) if start else []
     if start >= cfg.steps and not owed: return {}  # done before
-    if cfg.parallel != 'ddp' and not feed.on_policy: # sharded weights are gathered in every forward pass
+    if cfg.parallel != 'ddp' and not feed.on_policy: # each forward pass gathers sharded weights
         agree(len(micro_batches(feed.batches(start))), 'micro-batches in a step', ranks)
     if cfg.compile: model = torch.compile(model, dynamic=False)
     watch = _StageMonitor(gpt, feed, cfg, runtime, RunLog(folder, start, on=ranks.first), name,

@@ -43,6 +43,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'lm_nb/alignment/aligned.py'),
                                          'lm_nb.alignment.aligned._tells': ( '5_alignment/aligned.html#_tells',
                                                                              'lm_nb/alignment/aligned.py'),
+                                         'lm_nb.alignment.aligned._true_preference': ( '5_alignment/aligned.html#_true_preference',
+                                                                                       'lm_nb/alignment/aligned.py'),
                                          'lm_nb.alignment.aligned._wins': ('5_alignment/aligned.html#_wins', 'lm_nb/alignment/aligned.py'),
                                          'lm_nb.alignment.aligned.abstain': ( '5_alignment/aligned.html#abstain',
                                                                               'lm_nb/alignment/aligned.py'),

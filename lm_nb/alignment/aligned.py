@@ -304,3 +304,19 @@ def _aligned(run, gpt, tok, name):
     if not _has_values(run): return {}
     start = run.model_before(name).to(next(gpt.parameters()).device)
     return measure_values(run, gpt, tok, name, start)
+
+# %% ../../nbs/5_alignment/04_aligned.ipynb #e454f8e1
+def _true_preference(run, gpt, tok, each=30):
+    "Shares of answers to held-out prompts that the rule prefers, by kind, for curves"
+    if not _has_values(run): return {}
+    kinds: dict[str, list[Example]] = {}
+    for p in run.preferences('valid'):
+        e = Example(p.prompt, p.extra['preferred'], task=p.task, extra=p.extra)
+        kinds.setdefault(_kind(e), []).append(e)
+    some = {kind: es[:each] for kind, es in kinds.items()}
+    said = iter(_say(gpt, tok, [e for es in some.values() for e in es]))
+    return {f'values/{kind}': mean(_prefers(e, next(said)) for e in es)
+            for kind, es in some.items()}
+
+evaluation(after='dpo', during=True)(_true_preference)
+evaluation(after='grpo', during=True)(_true_preference)

@@ -29,6 +29,7 @@ from .training.recipe import Recipe, find_stage, load_recipe
 from .training.run import Run
 from .training.stage import exclusive_run, prepare_stages, run_stage, trim_malloc
 from .bench.plan import format_seconds, plan_run
+from .alignment.aligned import values_table
 from .bench.expect import expectations  # what it measures is measured by a job
 
 # %% ../nbs/workbook.ipynb #9fb08fb5
@@ -103,7 +104,7 @@ def _dialogues(
     first = list({e.task: e for e in reversed(test)}.values())[::-1]
     first = sorted(first,
                    key=lambda e: not e.task.startswith('qa'))[:n] if len(first) >= n else test[:n]
-    outputs = [find_stage(name).output for name in run.recipe.stage_names]
+    outputs = [s.output for s in map(find_stage, run.recipe.stage_names) if s.policy]
     gpts = {k: run.model(k) for k in outputs if (run.folder/k).exists()}
     said = lambda e: {k: answer(gpt, run.tokenizer, e.prompt) for k, gpt in gpts.items()}
     return [dict(prompt=e.prompt, expected=e.answer, **said(e)) for e in first]
@@ -327,6 +328,7 @@ def _card_text(
     recipe, tables = results['recipe'], [_taught(results, stages), results_table(results)]
     data, measures = recipe['data'], results.get(output, {})
     if 'facts' in measures: tables.append(facts_table(measures['facts']))
+    if 'values' in measures: tables.append(values_table(**{output: measures['values']['all']}))
     held = {k: m for k in ('heldout', 'heldout_answers') if (m := measures.get(k))}
     lines = [f'{"Held-out answers" if "_" in k else "Held-out text"}: loss '
              f'{m["loss"]:.3f} nats a token over {m["targets"]:,} tokens' for k, m in held.items()]
@@ -388,6 +390,9 @@ def report(
                       '']
         if isinstance(measures, dict) and 'facts' in measures:
             lines += [f'facts, {output}', str(facts_table(measures['facts'])), '']
+    values = {output: m['values']['all'] for output, m in results.items()
+              if isinstance(m, dict) and 'values' in m}
+    if values: lines += ['values', str(values_table(**values)), '']
     for d in results.get('dialogues', []): lines += _dialogue(d)
     if said := expectations(results): lines += [*(f'• {line}.' for line in said), '']
     took = sum(results['seconds'].values())

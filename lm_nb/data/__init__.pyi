@@ -92,6 +92,18 @@ from .poems import (
     is_quatrain as is_quatrain,
     fetch_poems as fetch_poems,
 )
+from .preferences import (
+    Preference as Preference,
+    to_preference as to_preference,
+    read_preferences as read_preferences,
+    has_preferences as has_preferences,
+    encode_preferences as encode_preferences,
+    answer_batch as answer_batch,
+    PairBatch as PairBatch,
+    pair_batch as pair_batch,
+    PairBatches as PairBatches,
+    pair_eval_batches as pair_eval_batches,
+)
 from .prepare import (
     DataConfig as DataConfig,
     source_weights as source_weights,
@@ -103,7 +115,9 @@ from .prepare import (
     stored_documents as stored_documents,
     write_text as write_text,
     stored_records as stored_records,
+    stored_preferences as stored_preferences,
     write_records as write_records,
+    write_preferences as write_preferences,
     tokenizer_texts as tokenizer_texts,
     text_shards as text_shards,
     packed_records as packed_records,
@@ -154,4 +168,12 @@ from .tokenizer import (
     show_tokens as show_tokens,
     bytes_per_token as bytes_per_token,
     useful_size as useful_size,
+)
+from .values import (
+    prefers as prefers,
+    refusal as refusal,
+    value_records as value_records,
+    preference_pairs as preference_pairs,
+    side_doors as side_doors,
+    write_values as write_values,
 )

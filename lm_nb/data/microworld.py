@@ -574,6 +574,18 @@ def records_by_task(
 # %% ../../nbs/1_data/01_microworld.ipynb #a85b5427
 TRAIN_RECORDS = dict(qa=9000, translate=3000, summary=1500)  # most of each task, for training
 
+# %% ../../nbs/1_data/01_microworld.ipynb #9fad1fe4
+def _sample_records(
+    rows:list[dict],   # of one task
+    split:str,         # 'train', 'valid' or 'test'
+    most:int,          # how many
+    rng:random.Random, # the source of randomness
+) -> list[dict]:
+    "A sample of records: of wordings seen in training, and as many unseen ones outside of it"
+    seen, unseen = ([r for r in rows if r['wording'] == w] for w in ('seen', 'unseen'))
+    some = 0 if split == 'train' else min(most // 2, len(unseen))
+    return rng.sample(seen, min(most - some, len(seen))) + rng.sample(unseen, some)
+
 # %% ../../nbs/1_data/01_microworld.ipynb #52671408
 def instruction_records(
     world:World,  # what to ask about
@@ -584,9 +596,7 @@ def instruction_records(
     rng, out = random.Random(f'instructions {world.seed} {split}'), []
     for task, rows in records_by_task(world, split).items():
         most = per_task if isinstance(per_task, int) else per_task[task.split('_')[0]]
-        seen, unseen = ([r for r in rows if r['wording'] == w] for w in ('seen', 'unseen'))
-        some = 0 if split == 'train' else min(most // 2, len(unseen))
-        out += rng.sample(seen, min(most - some, len(seen))) + rng.sample(unseen, some)
+        out += _sample_records(rows, split, most, rng)
     rng.shuffle(out)
     return out
 

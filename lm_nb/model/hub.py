@@ -36,8 +36,9 @@ _PARTS = dict(
            'attn.*': 'self_attn.*', 'mlp.*': 'mlp.*'})
 _ENDS = dict(
     gpt2={'embed': 'transformer.wte', 'pos_embed': 'transformer.wpe', 'norm': 'transformer.ln_f',
-          'lm_head': 'lm_head'},
-    qwen3={'embed': 'model.embed_tokens', 'norm': 'model.norm', 'lm_head': 'lm_head'})
+          'lm_head': 'lm_head', 'score': 'score'},
+    qwen3={'embed': 'model.embed_tokens', 'norm': 'model.norm', 'lm_head': 'lm_head',
+           'score': 'score'})
 
 # %% ../../nbs/2_model/03_hub.ipynb #fdd26b66
 def _their_name(
@@ -73,6 +74,10 @@ def _to_config(c):
     return both | (gpt2 if c.arch == 'gpt2' else qwen3)
 
 # %% ../../nbs/2_model/03_hub.ipynb #7883117a
+_SCORES = {arch: dict(architectures=[f'{kind}ForSequenceClassification'],
+                      id2label={'0': 'score'}, label2id={'score': 0})
+           for arch, kind in dict(gpt2='GPT2', qwen3='Qwen3').items()}  # one number, no logits
+
 def to_transformers(
     gpt:GPT, # a model of either architecture
 ) -> tuple[dict, dict[str, Tensor]]: # contents of config.json, weights without tied copies
@@ -85,8 +90,10 @@ def to_transformers(
         theirs, _, transposed = _their_name(gpt.cfg.arch, name)
         if name in ('embed.weight', 'lm_head.weight'): x = x[:gpt.cfg.vocab_size]
         pieces.setdefault(theirs, []).append(x.T if transposed else x)
-    return _to_config(gpt.cfg), {name: torch.cat(p, -1) if len(p) > 1 else p[0].contiguous()
-                                 for name, p in pieces.items()}
+    config = _to_config(gpt.cfg)
+    if 'score.weight' in pieces: config |= _SCORES[gpt.cfg.arch]
+    return config, {name: torch.cat(p, -1) if len(p) > 1 else p[0].contiguous()
+                    for name, p in pieces.items()}
 
 # %% ../../nbs/2_model/03_hub.ipynb #b880409e
 def _only(c, key, *good):
@@ -137,10 +144,11 @@ _NOT_WEIGHTS = re.compile(r'\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$') # st
 def from_transformers(
     config:dict, # contents of config.json
     state:Mapping[str, Tensor],
+    kind:type[GPT] = GPT, # of model, made from its `GPTConfig`
 ) -> GPT: # the same model here
     "Read a `GPT2LMHeadModel` or `Qwen3ForCausalLM`; `UserError` for a part that this model has not"
     cfg = _from_config(config)
-    gpt, used = GPT(cfg), {'lm_head.weight'} if cfg.tie else set()
+    gpt, used = kind(cfg), {'lm_head.weight'} if cfg.tie else set()
     first = r'^(?!transformer\.|lm_head\.)' if cfg.arch == 'gpt2' else 'none' # bare: lacks it
     names = {re.sub(first, 'transformer.', name): name for name in state}
     for name, ours in gpt.state_dict().items():
@@ -409,6 +417,7 @@ class _NoInit(TorchFunctionMode):
 def _dry_run_load(
     config:dict, # contents of a config.json
     shapes:dict, # from `_stored_shapes`
+    kind:type[GPT] = GPT, # of model
 ):
     "Build a model without memory; `UserError` if the configuration and the weights do not fit"
     layers = config.get('n_layer', config.get('num_hidden_layers', 1))
@@ -416,7 +425,7 @@ def _dry_run_load(
           f'{str(layers)[:20]} layers, the weights are {len(shapes)} tensors')
     try:
         with _NoInit(), torch.device('meta'):
-            from_transformers(config, {n: torch.empty(s) for n, s in shapes.items()})
+            from_transformers(config, {n: torch.empty(s) for n, s in shapes.items()}, kind)
     except UserError: raise
     except Exception as e:
         why = f'{type(e).__name__}: {e}'.splitlines()[0][:250]
@@ -470,10 +479,10 @@ def _read_config(path):
     check(isinstance(config, dict), 'config.json is not a table of keys and values')
     return config
 
-def _read_weights(folder):
+def _read_weights(folder, kind=GPT):
     config, weights = _read_config(folder/'config.json'), _Weights(folder)
-    _dry_run_load(config, weights.shapes)
-    with _NoInit(): return from_transformers(config, weights)
+    _dry_run_load(config, weights.shapes, kind)
+    with _NoInit(): return from_transformers(config, weights, kind)
 
 # %% ../../nbs/2_model/03_hub.ipynb #8530d972
 def _needed(folder): # the files of a model
@@ -498,6 +507,7 @@ def _about(folder, e): # what is wrong, with the folder in front of it
 def load_model(
     folder:str|Path, # written by `save_model`, or a published one of these two architectures
     device:str|torch.device='cpu', # where the model shall live
+    kind:type[GPT]=GPT, # of model, made from its `GPTConfig`
 ) -> tuple[GPT, Tokenizer]: # the model in eval mode
     "Read a model and its tokenizer; `UserError` names what is missing, damaged or foreign"
     folder = Path(folder)
@@ -508,7 +518,7 @@ def load_model(
     wrong = verify_manifest(folder, _needed(folder)) if sealed else ''
     check(not wrong, f'{folder}: {wrong}; copy the folder again, or train anew')
     tok = load_tokenizer(folder)
-    try: gpt = _read_weights(folder)
+    try: gpt = _read_weights(folder, kind)
     except UserError as e: raise UserError(_about(folder, e)) from None
     check(len(tok) <= gpt.cfg.vocab_size, f'{folder}: the tokenizer has {len(tok)} ids, the model '
           f'{gpt.cfg.vocab_size}; they do not belong together')

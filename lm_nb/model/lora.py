@@ -122,7 +122,7 @@ def meta_copy(
 ) -> GPT:
     "A model of the same shape on the `meta` device, ready to be given weights"
     with torch.device('meta'):
-        plain, layers = GPT(gpt.cfg), lora_layers(gpt)
+        plain, layers = type(gpt)(gpt.cfg), lora_layers(gpt)
         thin = {n: (torch.empty(m.lora_A.shape), torch.empty(m.lora_B.shape), m.scale)
                 for n, m in layers.items()}
     return _put_on(plain, thin) if layers else plain

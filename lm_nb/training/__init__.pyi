@@ -67,6 +67,7 @@ from .ranks import (
 from .recipe import (
     Feed as Feed,
     FineTuneConfig as FineTuneConfig,
+    PairConfig as PairConfig,
     Stage as Stage,
     register_stage as register_stage,
     find_stage as find_stage,

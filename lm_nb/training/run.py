@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +24,11 @@ from ..data.shards import Shards, forget_verified
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..data.instructions import Example
 from ..data.packing import Packed
+from ..data.preferences import Preference
 from ..data.prepare import (
     DataConfig, absolute_sources, check_sources, first_look, packed_records, resolve_sources,
-    stored_records, text_shards, tokenizer_texts, train_parts, write_records, write_text)
+    stored_preferences, stored_records, text_shards, tokenizer_texts, train_parts,
+    write_preferences, write_records, write_text)
 from ..model.gpt import GPT
 from ..model.hub import load_model, model_folder
 from .loop import Runtime
@@ -118,10 +121,14 @@ def _appended(old, new):
     return {'stages', 'plugins',
             *(k for k, v in new.items() if k not in old and isinstance(v, dict))}
 
+def _not_read(line, made):
+    "Whether a difference concerns preference pairs, and none was read yet"
+    return line.startswith('data.preferences') and 'preferences' not in made
+
 def _nothing_yet(made, odd):
     "Whether nothing was made of a recipe, or nothing that these differences concern"
     reads = any(k.startswith(('seed:', 'data.', 'cleaning.')) for k in odd)
-    read = set() if reads else {'corpus', 'text', 'records'}
+    read = set() if reads else {'corpus', 'text', 'records', 'preferences'}
     return made <= {'recipe.json', 'results.json', 'sources.json'} | read
 
 # %% ../../nbs/4_training/07_run.ipynb #b384ddf4
@@ -138,6 +145,13 @@ def _read_recipe(folder):
     check(isinstance(old, dict), f'{folder}/recipe.json: is not a recipe')
     return old, made
 
+# %% ../../nbs/4_training/07_run.ipynb #3f0a1a38
+def _forget_pairs(sources):
+    "Where the preference pairs of another recipe lie is no longer known"
+    noted = read_json(sources) if sources.exists() else {}
+    left = {k: v for k, v in noted.items() if not k.startswith('preferences')}
+    if left != noted: write_json(sources, left)
+
 # %% ../../nbs/4_training/07_run.ipynb #4229b067
 def _open_run(
     folder:Path | str, # of the run
@@ -151,7 +165,8 @@ def _open_run(
     if old and not all_odd: return True
     free = _appended(old, recipe) if old else set()
     odd = [line for line in all_odd if not _only_runtime(line)
-           and _part(line) not in free]
+           and _part(line) not in free and not _not_read(line, made)]
+    if any(_not_read(line, made) for line in all_odd): _forget_pairs(folder/'sources.json')
     if odd:
         gone = [k for k, v in old.items() if k not in recipe and isinstance(v, dict)]
         shown = [line for line in odd if _part(line) not in gone] or odd
@@ -179,7 +194,9 @@ class _Texts:
         self._records: dict[str, list[Example]] = {}
         self.said: set[str] = set()  # what was said of it already
         begun, sources = _open_run(self.folder, recipe.as_dict()), self.folder/'sources.json'
-        if not begun or not sources.exists(): write_json(sources, absolute_sources(recipe.data))
+        noted = read_json(sources) if begun and sources.exists() else {}
+        named = absolute_sources(recipe.data) | noted
+        if named != noted or not sources.exists(): write_json(sources, named)
         link_run(self.folder)
 
     @cached_property
@@ -231,10 +248,34 @@ class _Texts:
     ) -> list[str]: # what has come since they were read
         "`UserError` names a source that cannot be read, or has changed since it was"
         data, text, records = self.data, self.folder/'text', self.folder/'records'
+        pairs = self.folder/'preferences'
         if look: first_look(data, not text.exists() and not (self.folder/'shards').exists(),
-                            not records.exists())
+                            not records.exists(), not pairs.exists())
         asked = data.instructions, data.instructions_valid, data.instructions_test
-        return [*check_sources(text, data.text, data.text_valid), *check_sources(records, *asked)]
+        return [*check_sources(text, data.text, data.text_valid), *check_sources(records, *asked),
+                *check_sources(pairs, data.preferences, data.preferences_valid)]
+
+# %% ../../nbs/4_training/07_run.ipynb #e7df0062
+class _Pairs(_Texts):
+    "A recipe, its folder, and what is read, with preference pairs"
+    @cached_property
+    def preference_folder(self) -> Path:
+        "The folder of preference pairs: a file for each part, and a report"
+        folder, recipe, named = self.folder/'preferences', self.recipe, self.data
+        check(named.preferences, f'recipe {recipe.name}: there are no preference pairs; '
+              'set preferences= to a file or hf:owner/name')
+        if not folder.exists():
+            asks = named.instructions or named.instructions_test
+            held = [self.record_folder/f'{part}.jsonl' for part in ('valid', 'test') if asks]
+            write_preferences(named, recipe.cleaning, recipe.seed, folder,
+                              chain(*map(stored_records, held)))
+        return folder
+
+    def preferences(self,
+        part:str, # 'train' or 'valid'
+    ) -> list[Preference]:
+        "Preference pairs"
+        return list(stored_preferences(self.preference_folder/f'{part}.jsonl'))
 
 # %% ../../nbs/4_training/07_run.ipynb #583aad70
 class TextShards(NamedTuple):
@@ -262,7 +303,7 @@ def base_tokenizer(
     return load_tokenizer(folder)
 
 # %% ../../nbs/4_training/07_run.ipynb #f97c8a99
-class _Tokens(_Texts):
+class _Tokens(_Pairs):
     "A recipe, its folder, what is read, and the same as tokens"
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -308,14 +349,17 @@ class _Models(_Tokens):
               f'{nearest(output, stages)}; there are: {", ".join(stages)}')
         check((self.folder/output).exists(), f'{self.folder/output}: there is no model yet; '
               f'run  lm-nb {stages[output]} {self.recipe.name}  first')
-        return load_model(self.folder/output, pick_device(device))[0]
+        load = find_stage(stages[output]).load
+        return load(self.folder/output, pick_device(device))[0]
 
     def folder_before(self,
         stage:str, # its name
     ) -> Path:
-        "The model folder that a stage starts from: the stage's before it, or the recipe's `base`"
+        """The model folder that a stage starts from: of the last stage before it whose model
+        writes, or the recipe's `base`"""
         names = self.recipe.stage_names
         before = names[:names.index(stage)] if stage in names else names
+        before = [n for n in before if find_stage(n).policy]
         name = before[-1] if before else 'pretrain'
         folder = self.folder/find_stage(name).output
         if not before and self.recipe.data.base: folder = model_folder(self.recipe.data.base)

@@ -59,17 +59,18 @@ def _check_stage_config(
     return read_json(path)
 
 # %% ../../nbs/4_training/08_stage.ipynb #d45eaa08
-def _fastest_kernel(model, batches, device, dtype):
+def _fastest_kernel(model, feed, device, dtype):
     "The kernel of attention that is fastest on a GPU for such batches"
-    if device.type != 'cuda': return 'auto'
-    first = micro_batches(batches(0))[0]
+    if device.type != 'cuda' or feed.on_policy: return 'auto'
+    first = micro_batches(feed.batches(0))[0]
     shape = replace(model, context=first.x.shape[1])  # the model may read more
     return pick_attention(shape, len(first.x), device, dtype, first.doc is not None)
 
 # %% ../../nbs/4_training/08_stage.ipynb #a561541c
-def _prefetched(batches, runtime):
-    "The batches, prepared by a thread while a device other than the CPU computes"
-    return batches if runtime.device.type == 'cpu' else Prefetcher(batches, runtime.pin)
+def _prefetched(feed, gpt, runtime):
+    "The batches, prepared by a thread while a device other than the CPU computes, if they can be"
+    if feed.on_policy: return lambda step: feed.batches(step, gpt)
+    return feed.batches if runtime.device.type == 'cpu' else Prefetcher(feed.batches, runtime.pin)
 
 # %% ../../nbs/4_training/08_stage.ipynb #e6f7d4c7
 def tune_malloc() -> None:
@@ -120,6 +121,7 @@ class _StageMonitor:
         self.meter.add(s)
         if not self.due(self.cfg.log_every, s): return
         self.last = self.meter.read(s)
+        if self.feed.about: self.last |= self.feed.about(s.step - 1)
         if self.guard.skipped: self.last['skipped_steps'] = self.guard.skipped
         self.log.scalars(s.step, **self.last)
         if 'loss' in self.last: self.bar.set_postfix(loss=f'{self.last["loss"]:.3f}', refresh=False)
@@ -169,13 +171,15 @@ def _owed(folder, what, step):
 # %% ../../nbs/4_training/08_stage.ipynb #6f6893e6
 def _walk(steps, watch, saver, stop):
     "Take the steps, and do what is done between them. Raises `Interrupted` when `stop` says so"
-    cfg, ranks = watch.cfg, watch.runtime.ranks
+    cfg, ranks, n = watch.cfg, watch.runtime.ranks, watch.feed.together
     for s in steps:
         watch.observe(s)
         with watch.meter.paused():
-            asked = ranks.world == 1 or s.step % cfg.log_every == 0  # asking makes ranks wait
-            halt = asked and ranks.any(stop())
-            if halt or watch.due(cfg.save_every, s): saver.save(s.step, watch.state())
+            whole = s.step % n == 0 or s.step == cfg.steps  # else nobody could go on from here
+            asked = ranks.world == 1 or s.step % cfg.log_every < n  # asking makes ranks wait
+            halt = whole and asked and ranks.any(stop())
+            due = cfg.save_every and s.step % cfg.save_every < n or s.step == cfg.steps
+            if halt or whole and due: saver.save(s.step, watch.state())
             if halt and s.step < cfg.steps:
                 saver.close()  # "saved" is said only when it is true
                 where = f'step {s.step} of {cfg.steps}'
@@ -200,7 +204,7 @@ def train(
     device, folder = pick_device(cfg.device), Path(folder)
     about = {'model': asdict(replace(gpt.cfg, recompute=False)), **feed.fingerprints}
     note = _check_stage_config(folder, cfg, about, ranks,
-                               lambda dtype: _fastest_kernel(gpt.cfg, feed.batches, device, dtype))
+                               lambda dtype: _fastest_kernel(gpt.cfg, feed, device, dtype))
     runtime = Runtime(device, note['dtype'], ranks)
     if device.type == 'cpu': tune_malloc()
     model: Any = wrap(gpt.to(device).train(), cfg.parallel, ranks, cfg.shard_group, runtime.dtype)
@@ -210,14 +214,15 @@ def train(
     start, left = saver.load() or (0, {})
     owed = ranks.from_rank0(lambda: _owed(folder, _due(feed, cfg, start), start)) if start else []
     if start >= cfg.steps and not owed: return {}  # done before
-    if cfg.parallel != 'ddp': # sharded weights are gathered in every forward pass
+    if cfg.parallel != 'ddp' and not feed.on_policy: # each forward pass gathers sharded weights
         agree(len(micro_batches(feed.batches(start))), 'micro-batches in a step', ranks)
     if cfg.compile: model = torch.compile(model, dynamic=False)
-    row = micro_batches(feed.batches(0))[0][0].shape[-1]
+    row = getattr(cfg, 'max_length', None) or gpt.cfg.context
+    if not feed.on_policy: row = micro_batches(feed.batches(0))[0][0].shape[-1]
     watch = _StageMonitor(gpt, feed, cfg, runtime, RunLog(folder, start, on=ranks.first), name,
                           start, left, row)
-    steps = training_steps(model, optimizers, _prefetched(feed.batches, runtime), cfg, loss,
-                           runtime, start=start, seed=seed, scaler=scaler)
+    steps = training_steps(model, optimizers, _prefetched(feed, gpt, runtime), cfg,
+                           feed.loss or loss, runtime, start=start, seed=seed, scaler=scaler)
     with saver, watch.log, stop_flag() as stopped, watch.bar, explain_oom(gpt, cfg, runtime, row), \
          attention_kernel(note['attention']):
         watch.log.hparams({**about['model'], **asdict(cfg), **(hparams or {})})
@@ -339,7 +344,7 @@ def run_stage(
         gpt = _merged(unwrap(gpt, ranks), run, name, ranks)
         if ranks.first and not (run.folder/stage.output).exists():
             _show(feed, gpt, folder, recipe.configs[name].steps)
-            save_model(run.folder/stage.output, gpt, run.tokenizer, stage.chat)
+            stage.save(run.folder/stage.output, gpt, run.tokenizer, stage.chat)
     return gpt.eval()
 
 # %% ../../nbs/4_training/08_stage.ipynb #f10084e2

@@ -947,7 +947,8 @@ def _has_template(folder:Path) -> bool:
 
 def _stages(run:Path) -> dict[str, bool]: # {model folder: whether it answers}, of a run
     if not (run/'recipe.json').is_file(): return {}
-    return {s.output: s.chat for s in map(find_stage, recorded_recipe(run).stage_names)}
+    stages = map(find_stage, recorded_recipe(run).stage_names)
+    return {s.output: s.chat for s in stages if s.policy}
 
 # %% ../../nbs/6_use/02_serve.ipynb #3bb53eeb
 def find_models(

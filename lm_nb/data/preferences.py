@@ -158,7 +158,9 @@ def read_preferences(
         for record in read_records(name, report, tick, **how):
             shown = f'row {report.rows - first:,}: {record}'
             label = _label_of(record)
-            try: pair = waiting.match(record, label, shown) if label else to_preference(record, report)
+            try:
+                pair = waiting.match(record, label, shown) if label else to_preference(record,
+                    report)
             except UserError as e:
                 report.reject(str(e), shown)
                 last = _printable(', '.join(map(str, record)), 100)
@@ -178,7 +180,8 @@ _WANTED = ('; a pair has prompt, chosen and rejected, or prompt, completion and 
 
 def _note_pair(pair, label, report):
     if label: report.note('pairs made of two rows, a good and a bad answer to one prompt')
-    if len(pair.chosen) > len(pair.rejected): report.note('pairs whose chosen answer is the longer one')
+    if len(pair.chosen) > len(pair.rejected):
+        report.note('pairs whose chosen answer is the longer one')
 
 # %% ../../nbs/1_data/14_preferences.ipynb #0d7876f4
 def has_preferences(
@@ -217,16 +220,20 @@ def encode_preferences(
 # %% ../../nbs/1_data/14_preferences.ipynb #d13aed76
 def answer_batch(
     tok:Tokenizer,
-    examples:Sequence[Sequence], # (prompt ids, answer ids), or more turns: as `encode_each` gives them
-    length:int|None=None, # tokens of a row; the longest, rounded up to a multiple of 32, if not given
+    # (prompt ids, answer ids), or more turns: as `encode_each` gives them
+    examples:Sequence[Sequence],
+    # tokens of a row; the longest, rounded up to a multiple of 32, if not given
+    length:int|None=None,
 ) -> Batch:
-    "An answer a row: only the last answer, from `bos` to `eos`, is target. `UserError` if one is too long"
+    """An answer a row: only the last answer, from `bos` to `eos`, is target. `UserError` if one is
+    too long"""
     only_last = [_fold_context(parts, [False]*(len(parts)//2 - 1) + [True], *tok.chat.answer)
                  if len(parts) > 2 else parts for parts in examples]
     longest = max(map(_example_length, only_last), default=0)
     check(longest, 'there is no answer to lay out')
     length = -(-longest//32)*32 if length is None else length
-    check(longest <= length, f'an answer with its prompt takes {longest} tokens, but a row has {length}')
+    check(longest <= length,
+          f'an answer with its prompt takes {longest} tokens, but a row has {length}')
     return packed_batch(tok, [[parts] for parts in only_last], length)
 
 # %% ../../nbs/1_data/14_preferences.ipynb #9981122f

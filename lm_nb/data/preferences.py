@@ -121,6 +121,7 @@ def _label_of(record:dict) -> str|None: # the field that holds a verdict on its 
     if not record.keys().isdisjoint(('chosen', 'rejected')): return None
     return next((name for name in _LABELS if record.get(name) is not None), None)
 
+# %% ../../nbs/1_data/14_preferences.ipynb #97e74244
 class _Waiting:
     "Answers with a verdict, until a contrary one to the same prompt comes"
     def __init__(self): self.of:dict = {} # (context, verdict): [(answer, what the report shows)]

@@ -513,6 +513,15 @@ def test_pairs_may_be_named_later_but_not_others(own, tmp_path):
     with pytest.raises(UserError, match='another recipe'): own()
 
 
+def test_a_run_from_before_there_were_pairs_goes_on(own):
+    run = own()
+    recipe = read_json(run.folder/'recipe.json')
+    for key in ('preferences', 'preferences_valid'): del recipe['data'][key]
+    (run.folder/'recipe.json').write_text(json.dumps(recipe))
+    (run.folder/'base').mkdir()
+    assert own().data == run.data
+
+
 def test_a_key_without_its_file_is_refused():
     with pytest.raises(UserError, match='preferences_valid = v.jsonl has no effect'):
         load_recipe('own', [*SMALL, 'text=t.txt', 'preferences_valid=v.jsonl'])

@@ -225,6 +225,7 @@ def answer_batch(
     examples:Sequence[Sequence],
     # tokens of a row; the longest, rounded up to a multiple of 32, if not given
     length:int|None=None,
+    context:int|None=None, # of the model: no row is rounded up beyond it
 ) -> Batch:
     """An answer a row: only the last answer, from `bos` to `eos`, is target. `UserError` if one is
     too long"""
@@ -232,7 +233,8 @@ def answer_batch(
                  if len(parts) > 2 else parts for parts in examples]
     longest = max(map(_example_length, only_last), default=0)
     check(longest, 'there is no answer to lay out')
-    length = -(-longest//32)*32 if length is None else length
+    rounded = -(-longest//32)*32
+    length = length or min(rounded, context or rounded)
     check(longest <= length,
           f'an answer with its prompt takes {longest} tokens, but a row has {length}')
     return packed_batch(tok, [[parts] for parts in only_last], length)
@@ -259,13 +261,10 @@ def pair_batch(
     tok:Tokenizer,
     pairs:Sequence, # as `encode_preferences` gives them (P)
     ref:Any=None, # log-probabilities under a reference (P, 2), if they are known
-    context:int|None=None, # no row gets longer by rounding up than this; any length if not given
+    context:int|None=None, # as for `answer_batch`
 ) -> PairBatch:
     "Pairs as rows"
-    rows = list(chain(*pairs))
-    longest = max(map(_example_length, rows), default=0)
-    length = -(-longest//32)*32
-    x, y, doc, _ = answer_batch(tok, rows, max(longest, min(length, context or length)))
+    x, y, doc, _ = answer_batch(tok, list(chain(*pairs)), context=context)
     return PairBatch(x, y, doc, None if ref is None else torch.as_tensor(ref).float().reshape(-1))
 
 # %% ../../nbs/1_data/14_preferences.ipynb #6a677bea
@@ -275,7 +274,7 @@ class PairBatches(Batches):
     tok:Tokenizer
     pairs:Sequence # as `encode_preferences` gives them (N)
     ref:Any = None # log-probabilities under a reference (N, 2), if they are known
-    context:int|None = field(default=None, kw_only=True) # as for `pair_batch`
+    context:int|None = field(default=None, kw_only=True) # as for `answer_batch`
 
     def __post_init__(self):
         check(len(self.pairs), 'there is no pair to learn from')
@@ -302,7 +301,7 @@ def pair_eval_batches(
     pairs:Sequence, # held-out ones, as `encode_preferences` gives them (N)
     rows:int, # rows in a batch, two a pair; the last may have fewer
     ref:Any=None, # log-probabilities under a reference (N, 2), if they are known
-    context:int|None=None, # as for `pair_batch`
+    context:int|None=None, # as for `answer_batch`
 ) -> Iterator[PairBatch]:
     "Every pair exactly once"
     check(len(pairs), 'there is no pair to measure')

@@ -318,6 +318,8 @@ def test_a_row_too_short_is_an_error():
     with pytest.raises(UserError, match='takes 24 tokens, but a row has 20'):
         answer_batch(tok, parts, 20)
     with pytest.raises(UserError, match='no answer'): answer_batch(tok, [])
+    with pytest.raises(UserError, match='takes 24 tokens, but a row has 20'):
+        pair_batch(tok, [parts], context=20)
     assert pair_batch(tok, [parts], context=30).x.shape == (2, 30)
     assert pair_batch(tok, [parts], context=100).x.shape == (2, 32)
 

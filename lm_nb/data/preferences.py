@@ -121,6 +121,7 @@ def _label_of(record:dict) -> str|None: # the field that holds a verdict on its 
     if not record.keys().isdisjoint(('chosen', 'rejected')): return None
     return next((name for name in _LABELS if record.get(name) is not None), None)
 
+# %% ../../nbs/1_data/14_preferences.ipynb #97e74244
 class _Waiting:
     "Answers with a verdict, until a contrary one to the same prompt comes"
     def __init__(self): self.of:dict = {} # (context, verdict): [(answer, what the report shows)]
@@ -158,7 +159,9 @@ def read_preferences(
         for record in read_records(name, report, tick, **how):
             shown = f'row {report.rows - first:,}: {record}'
             label = _label_of(record)
-            try: pair = waiting.match(record, label, shown) if label else to_preference(record, report)
+            try:
+                pair = waiting.match(record, label, shown) if label else to_preference(record,
+                    report)
             except UserError as e:
                 report.reject(str(e), shown)
                 last = _printable(', '.join(map(str, record)), 100)
@@ -178,7 +181,8 @@ _WANTED = ('; a pair has prompt, chosen and rejected, or prompt, completion and 
 
 def _note_pair(pair, label, report):
     if label: report.note('pairs made of two rows, a good and a bad answer to one prompt')
-    if len(pair.chosen) > len(pair.rejected): report.note('pairs whose chosen answer is the longer one')
+    if len(pair.chosen) > len(pair.rejected):
+        report.note('pairs whose chosen answer is the longer one')
 
 # %% ../../nbs/1_data/14_preferences.ipynb #0d7876f4
 def has_preferences(
@@ -217,16 +221,22 @@ def encode_preferences(
 # %% ../../nbs/1_data/14_preferences.ipynb #d13aed76
 def answer_batch(
     tok:Tokenizer,
-    examples:Sequence[Sequence], # (prompt ids, answer ids), or more turns: as `encode_each` gives them
-    length:int|None=None, # tokens of a row; the longest, rounded up to a multiple of 32, if not given
+    # (prompt ids, answer ids), or more turns: as `encode_each` gives them
+    examples:Sequence[Sequence],
+    # tokens of a row; the longest, rounded up to a multiple of 32, if not given
+    length:int|None=None,
+    context:int|None=None, # of the model: no row is rounded up beyond it
 ) -> Batch:
-    "An answer a row: only the last answer, from `bos` to `eos`, is target. `UserError` if one is too long"
+    """An answer a row: only the last answer, from `bos` to `eos`, is target. `UserError` if one is
+    too long"""
     only_last = [_fold_context(parts, [False]*(len(parts)//2 - 1) + [True], *tok.chat.answer)
                  if len(parts) > 2 else parts for parts in examples]
     longest = max(map(_example_length, only_last), default=0)
     check(longest, 'there is no answer to lay out')
-    length = -(-longest//32)*32 if length is None else length
-    check(longest <= length, f'an answer with its prompt takes {longest} tokens, but a row has {length}')
+    rounded = -(-longest//32)*32
+    length = length or min(rounded, context or rounded)
+    check(longest <= length,
+          f'an answer with its prompt takes {longest} tokens, but a row has {length}')
     return packed_batch(tok, [[parts] for parts in only_last], length)
 
 # %% ../../nbs/1_data/14_preferences.ipynb #9981122f
@@ -251,13 +261,10 @@ def pair_batch(
     tok:Tokenizer,
     pairs:Sequence, # as `encode_preferences` gives them (P)
     ref:Any=None, # log-probabilities under a reference (P, 2), if they are known
-    context:int|None=None, # no row gets longer by rounding up than this; any length if not given
+    context:int|None=None, # as for `answer_batch`
 ) -> PairBatch:
     "Pairs as rows"
-    rows = list(chain(*pairs))
-    longest = max(map(_example_length, rows), default=0)
-    length = -(-longest//32)*32
-    x, y, doc, _ = answer_batch(tok, rows, max(longest, min(length, context or length)))
+    x, y, doc, _ = answer_batch(tok, list(chain(*pairs)), context=context)
     return PairBatch(x, y, doc, None if ref is None else torch.as_tensor(ref).float().reshape(-1))
 
 # %% ../../nbs/1_data/14_preferences.ipynb #6a677bea
@@ -267,7 +274,7 @@ class PairBatches(Batches):
     tok:Tokenizer
     pairs:Sequence # as `encode_preferences` gives them (N)
     ref:Any = None # log-probabilities under a reference (N, 2), if they are known
-    context:int|None = field(default=None, kw_only=True) # as for `pair_batch`
+    context:int|None = field(default=None, kw_only=True) # as for `answer_batch`
 
     def __post_init__(self):
         check(len(self.pairs), 'there is no pair to learn from')
@@ -294,7 +301,7 @@ def pair_eval_batches(
     pairs:Sequence, # held-out ones, as `encode_preferences` gives them (N)
     rows:int, # rows in a batch, two a pair; the last may have fewer
     ref:Any=None, # log-probabilities under a reference (N, 2), if they are known
-    context:int|None=None, # as for `pair_batch`
+    context:int|None=None, # as for `answer_batch`
 ) -> Iterator[PairBatch]:
     "Every pair exactly once"
     check(len(pairs), 'there is no pair to measure')

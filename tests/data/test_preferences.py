@@ -318,6 +318,8 @@ def test_a_row_too_short_is_an_error():
     with pytest.raises(UserError, match='takes 24 tokens, but a row has 20'):
         answer_batch(tok, parts, 20)
     with pytest.raises(UserError, match='no answer'): answer_batch(tok, [])
+    with pytest.raises(UserError, match='takes 24 tokens, but a row has 20'):
+        pair_batch(tok, [parts], context=20)
     assert pair_batch(tok, [parts], context=30).x.shape == (2, 30)
     assert pair_batch(tok, [parts], context=100).x.shape == (2, 32)
 
@@ -511,6 +513,15 @@ def test_pairs_may_be_named_later_but_not_others(own, tmp_path):
     with pytest.raises(UserError, match='holds the run of another recipe: data.preferences'):
         own(preferences=tmp_path/'no.jsonl')
     with pytest.raises(UserError, match='another recipe'): own()
+
+
+def test_a_run_from_before_there_were_pairs_goes_on(own):
+    run = own()
+    recipe = read_json(run.folder/'recipe.json')
+    for key in ('preferences', 'preferences_valid'): del recipe['data'][key]
+    (run.folder/'recipe.json').write_text(json.dumps(recipe))
+    (run.folder/'base').mkdir()
+    assert own().data == run.data
 
 
 def test_a_key_without_its_file_is_refused():

@@ -249,6 +249,12 @@ def _bounded(recipe):
     return replace(recipe, cleaning=replace(cleaning, clean_workers=workers))
 
 # %% ../../nbs/4_training/06_recipe.ipynb #dcaab7a5
+def _set_aside(said): # stages that are not run, but whose keys a recipe sets: dpo of dpo.lr
+    names = dict.fromkeys(key.partition('.')[0] for key in said if '.' in key)
+    for name in names:
+        if name.isidentifier(): _import_stage(name)
+    return [name for name in names if name in _stages]
+
 def _compose(name, texts):
     "The recipe that these texts make"
     said = {key: text for key, text, _ in texts}  # what was said last counts
@@ -256,11 +262,13 @@ def _compose(name, texts):
     for known in ('pretrain', 'sft'): _import_stage(known)  # a misspelt name gets a hint
     names = dict.fromkeys([*said.get('stages', '').split(), 'pretrain', 'sft'])
     stages = [find_stage(n) for n in names]
+    kinds = {s.name: s.config for s in stages}
+    kinds |= {n: find_stage(n).config for n in _set_aside(said) if n not in kinds}
     outputs = [s.output for s in stages]
     check(len(set(outputs)) == len(stages),
           f'stages = {" ".join(names)}: each needs an output of its '
           f'own; they leave {" ".join(outputs)}')
-    return compose(Recipe, name, texts, {s.name: s.config for s in stages})
+    return compose(Recipe, name, texts, kinds)
 
 def _filled(recipe):
     "The recipe with the values that are computed from others"

@@ -1,6 +1,5 @@
 "The losses of the trl library on the same models and rows; skipped where it is not installed"
 import copy
-import warnings
 
 import pytest, torch
 

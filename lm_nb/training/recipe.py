@@ -95,8 +95,9 @@ class PairConfig(FineTuneConfig):
     def gently(self, model:GPTConfig) -> 'PairConfig':
         "With open keys set as suits a model that knows most already: slower, 32 rows a step"
         usual = resolve_defaults(self, model, self.tokens)
-        own = dict(lr=self.slower * usual.lr, muon_lr=self.slower * usual.muon_lr,
-                   batch_tokens=32 * self.longest(model.context))
+        own: dict[str, Any] = dict(
+            lr=self.slower * usual.lr, muon_lr=self.slower * usual.muon_lr,
+            batch_tokens=32 * self.longest(model.context))
         return replace(self, **{k: v for k, v in own.items() if getattr(self, k) is None})
 
 # %% ../../nbs/4_training/06_recipe.ipynb #b6a437a4

@@ -21,7 +21,8 @@ def begun(whole, folder, stage, output):
     return shutil.copytree(whole.folder, folder, ignore=leave)
 
 
-def go_on(folder, stage, *overrides): return run_stage(Run(load_recipe('tiny', overrides), folder), stage)
+def go_on(folder, stage, *overrides):
+    return run_stage(Run(load_recipe('tiny', overrides), folder), stage)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from lm_nb.alignment.reward import (
     reward_loss, reward_model, save_reward, score_answers, tally_leads, with_end, without_dropout)
 from lm_nb.core import UserError, read_json
 from lm_nb.data.instructions import Example
-from lm_nb.data.shards import IGNORE
 from lm_nb.model.gpt import GPT
 from lm_nb.model.hub import load_model
 from lm_nb.training.loop import Ranks, Runtime
@@ -102,7 +101,8 @@ def test_transformers_reads_the_folder_as_a_classifier(arch, whole, tmp_path):
     model = scorer(arch, vocab_size=len(tok))
     folder = save_reward(tmp_path/'judge', model, tok)
     same = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
-    assert type(same).__name__ == dict(qwen3='Qwen3', gpt2='GPT2')[arch] + 'ForSequenceClassification'
+    assert type(same).__name__ == dict(qwen3='Qwen3',
+                                       gpt2='GPT2')[arch] + 'ForSequenceClassification'
     x, doc, _ = with_end(rows(*PAIRS))
     with torch.no_grad():
         found = same(input_ids=x, attention_mask=(doc >= 0).long()).logits[:, 0]
@@ -113,7 +113,8 @@ def test_transformers_reads_the_folder_as_a_classifier(arch, whole, tmp_path):
 
 
 def test_a_reward_model_is_no_language_model_and_the_other_way_round(whole):
-    with pytest.raises(UserError, match='score.weight') as e: load_model(whole.folder/'reward-model')
+    with pytest.raises(UserError, match='score.weight') as e:
+        load_model(whole.folder/'reward-model')
     assert '\n' not in str(e.value)
     with pytest.raises(UserError, match='score.weight'): load_reward(whole.folder/'chat')
 
@@ -123,7 +124,8 @@ def test_a_reward_model_is_no_language_model_and_the_other_way_round(whole):
 def test_texts_are_scored_as_rows_are_in_any_order_and_number(whole):
     model, tok = whole.model('reward-model', 'cpu'), whole.tokenizer
     assert isinstance(model, RewardModel)
-    asked = [Example(v['prompt'], v[side]) for v in votes(facts()[:5]) for side in ('chosen', 'rejected')]
+    asked = [Example(v['prompt'], v[side]) for v in votes(facts()[:5])
+             for side in ('chosen', 'rejected')]
     one = [score_answers(model, tok, [e])[0] for e in asked]
     assert score_answers(model, tok, asked, rows=3) == pytest.approx(one, abs=1e-5)
     other = score_answers(model, tok, asked, ['In 1900.'] * len(asked))
@@ -141,7 +143,8 @@ def test_an_answer_of_any_length_gets_a_score(whole):
 
 def test_shares_and_ties():
     found = tally_leads(torch.tensor([1., -1., 0., 2.]), ['a', 'a', 'b', ''])
-    assert {k: (v['n'], v['exact']) for k, v in found.items()} == {'a': (2, 1), 'b': (1, .5), 'all': (1, 1)}
+    assert {k: (v['n'], v['exact']) for k, v in found.items()} == {'a': (2, 1), 'b': (1, .5),
+        'all': (1, 1)}
 
 
 def test_calibration_of_votes_that_follow_the_leads():
@@ -159,8 +162,10 @@ def test_what_ranks_measure_together_is_what_one_does(whole):
     model, tok = whole.model('reward-model', 'cpu'), whole.tokenizer
     value = lambda b: answer_scores(model, b)
     one = over_pairs(value, tok, pairs, 64)
-    parts = [over_pairs(value, tok, pairs, 64, Runtime(ranks=Ranks(r, r, 3)), tokens=300) for r in range(3)]
-    torch.testing.assert_close(sum(parts), one, atol=1e-5, rtol=0)  # `sum` of such ranks is their own
+    parts = [over_pairs(value, tok, pairs, 64, Runtime(ranks=Ranks(r, r, 3)), tokens=300)
+             for r in range(3)]
+    # `sum` of such ranks is their own
+    torch.testing.assert_close(sum(parts), one, atol=1e-5, rtol=0)
     assert (torch.stack([(p != 0).any(1) for p in parts]).sum(0) == 1).all()
 
 
@@ -194,7 +199,8 @@ def test_adapters_and_the_score_learn_together(whole, at_desk, tmp_path):
     assert read_log(tmp_path/'lora'/'reward')[-1]['pairs/accuracy'] > .8
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason='this torch cannot run several ranks')
+@pytest.mark.skipif(not torch.distributed.is_available(),
+                    reason='this torch cannot run several ranks')
 @pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
 def test_two_ranks_learn_what_one_does(desk, whole, tmp_path, parallel):
     begun(whole, tmp_path/'run', 'reward', 'reward-model')

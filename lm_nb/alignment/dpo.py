@@ -102,6 +102,7 @@ def _answers(gpt, tok, asks): # the greedy answers to some examples' prompts
     ids = [conversation_ids(tok, e.turns, e.prompt, e.system) for e in asks]
     return [tok.decode(new) for new in generate_batch(gpt, ids, 64, stop_ids(tok))]
 
+# %% ../../nbs/5_alignment/02_dpo.ipynb #68b2bc83
 def _computed(run, stage, pairs, asks): # by the model that the stage starts from
     runtime, tok = run.runtime(stage), run.tokenizer
     gpt = without_dropout(run.model_before(stage)).to(runtime.device)
@@ -153,6 +154,7 @@ def _asked(run, tok, n=4): # examples of held-out prompts that leave room for an
     return [e for e in found.values()
             if len(conversation_ids(tok, e.turns, e.prompt, e.system)) <= room][:n]
 
+# %% ../../nbs/5_alignment/02_dpo.ipynb #090817e1
 def dpo_feed(
     run:Run,
     stage:str, # its name

@@ -134,6 +134,7 @@ score = AutoModelForSequenceClassification.from_pretrained({name!r})
 ```
 """
 
+# %% ../../nbs/5_alignment/01_reward.ipynb #e9608da8
 def save_reward(
     folder:str|Path, # to appear; replaced if it holds a model that this function wrote
     model:RewardModel,
@@ -160,6 +161,7 @@ def _fitted(parts, context): # the last answer as long as there is room
     room = context - sum(map(len, parts[:-1])) - len(parts)
     return [*parts[:-1], parts[-1][:max(0, room)]]
 
+# %% ../../nbs/5_alignment/01_reward.ipynb #4ff3e7a8
 @torch.no_grad()
 def score_answers(
     model:RewardModel,
@@ -202,6 +204,7 @@ def encoded_pairs(
 def _pair_length(sides): # tokens of the longest, with `bos` and `eos` of each answer
     return max(sum(map(len, parts)) + len(parts) for parts in sides)
 
+# %% ../../nbs/5_alignment/01_reward.ipynb #f5c0de8b
 def pairs_sha256(
     *parts:list, # of encoded pairs
 ) -> str:
@@ -236,6 +239,7 @@ def _like_lengths(pairs, tokens): # numbers of pairs, in batches of so many posi
         else: out.append([i])
     return out
 
+# %% ../../nbs/5_alignment/01_reward.ipynb #4fffb76e
 @torch.no_grad()
 def over_pairs(
     value:Callable[[Any], Tensor], # batch of 2P rows -> (2P,)
@@ -366,6 +370,7 @@ def judged_pairs(
     return dict(pairs=tally_leads(lead, tasks or ['all'] * len(lead)),
                 pairs_loss=pair_nll(lead).mean().item(), calibration=calibration(lead))
 
+# %% ../../nbs/5_alignment/01_reward.ipynb #e0602c2e
 @evaluation(after='reward')
 def _judged_pairs(run:Run, gpt:RewardModel, tok:Tokenizer) -> dict[str, Any]:
     "Accuracy and calibration on held-out pairs; empty if there are none"

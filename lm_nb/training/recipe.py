@@ -136,11 +136,11 @@ def register_stage(
 
 # %% ../../nbs/4_training/06_recipe.ipynb #db587440
 def _import_stage(name):
-    "Import the module that is called like a stage, if the package has one"
-    for part in ('training', 'alignment'):
-        home = f'lm_nb.{part}'
-        if importlib.util.find_spec(home) and importlib.util.find_spec(f'{home}.{name}'):
-            importlib.import_module(f'{home}.{name}')
+    "Import the module that is called like a stage; whether the package has one"
+    homes = [f'lm_nb.{part}.{name}' for part in ('training', 'alignment')]
+    found = [home for home in homes if importlib.util.find_spec(home)]
+    for home in found: importlib.import_module(home)
+    return bool(found)
 
 # %% ../../nbs/4_training/06_recipe.ipynb #84117c7b
 def find_stage(
@@ -252,9 +252,8 @@ def _bounded(recipe):
 # %% ../../nbs/4_training/06_recipe.ipynb #dcaab7a5
 def _set_aside(said): # stages that are not run, but whose keys a recipe sets: dpo of dpo.lr
     names = dict.fromkeys(key.partition('.')[0] for key in said if '.' in key)
-    for name in names:
-        if name.isidentifier(): _import_stage(name)
-    return [name for name in names if name in _stages]
+    own = [name for name in names if name.isidentifier() and _import_stage(name)]
+    return [name for name in own if name in _stages]
 
 def _compose(name, texts):
     "The recipe that these texts make"

@@ -38,6 +38,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'lm_nb/alignment/reward.py'),
                                         'lm_nb.alignment.reward._pair_length': ( '5_alignment/reward.html#_pair_length',
                                                                                  'lm_nb/alignment/reward.py'),
+                                        'lm_nb.alignment.reward._too_long': ( '5_alignment/reward.html#_too_long',
+                                                                              'lm_nb/alignment/reward.py'),
                                         'lm_nb.alignment.reward.answer_scores': ( '5_alignment/reward.html#answer_scores',
                                                                                   'lm_nb/alignment/reward.py'),
                                         'lm_nb.alignment.reward.calibration': ( '5_alignment/reward.html#calibration',

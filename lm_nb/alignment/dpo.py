@@ -106,10 +106,11 @@ def _answers(gpt, tok, asks): # the greedy answers to some examples' prompts
 def _computed(run, stage, pairs, asks): # by the model that the stage starts from
     runtime, tok = run.runtime(stage), run.tokenizer
     gpt = without_dropout(run.model_before(stage)).to(runtime.device)
+    def logprobs(batch, learns): # where it learns, with the kernels that gradients need
+        with torch.set_grad_enabled(learns): return answer_logprobs(gpt, batch).detach()
     with eval_mode(gpt):
-        def logprobs(b): return answer_logprobs(gpt, b)
-        found = {part: over_pairs(logprobs, tok, some, gpt.cfg.context, runtime)
-                 for part, some in pairs.items()}
+        found = {part: over_pairs(partial(logprobs, learns=part == 'train'), tok, some,
+                                  gpt.cfg.context, runtime) for part, some in pairs.items()}
         return found, _answers(gpt, tok, asks)
 
 # %% ../../nbs/5_alignment/02_dpo.ipynb #69217edd

@@ -23,7 +23,7 @@ from ..core import UserError
 from ..data.sources import Report
 from ..data.shards import IGNORE
 from ..data.tokenizer import Tokenizer
-from ..data.instructions import Example, NothingFits, _encode_parts
+from ..data.instructions import Example, NothingFits, _encode_parts, needed_context
 from ..data.preferences import (
     PairBatches, answer_batch, encode_preferences, pair_batch)
 from ..model.gpt import GPT, Attention, GPTConfig
@@ -31,7 +31,7 @@ from ..model.hub import load_model, save_model, weights_sha256
 from ..inference.evaluate import evaluation, wilson_interval
 from ..inference.sampling import eval_mode
 from ..training.loop import Ranks, Runtime
-from ..training.recipe import Feed, PairConfig, Stage, register_stage
+from ..training.recipe import Feed, PairConfig, Stage, find_stage, register_stage
 from ..training.run import Run
 from ..training.pretrain import few_held_out, many_passes
 if TYPE_CHECKING: from matplotlib.figure import Figure
@@ -310,6 +310,15 @@ class RewardConfig(PairConfig):
         n = super().n_adapted(model)
         return n and n + model.d_model
 
+# %% ../../nbs/5_alignment/01_reward.ipynb #e26890eb
+def _too_long(stage, report, longest, limit): # a sentence, or the empty string
+    "Say that many pairs do not fit, and what would keep them"
+    lost, needed = report.rows - report.kept, max(needed_context(report), default=0)
+    if 10 * lost < report.rows or not needed: return ''
+    key = f'{stage}.max_length' if limit and limit == longest else 'context'
+    return (f'{stage}: {lost:,} of {report.rows:,} pairs are longer than {longest} tokens and are '
+            f'left out; {key}={needed} would keep all')
+
 # %% ../../nbs/5_alignment/01_reward.ipynb #93ffe447
 def prepare_pairs(
     run:Run,
@@ -318,15 +327,14 @@ def prepare_pairs(
     "Read a stage's pairs before anything trains, and say what is odd about them"
     recipe, report = run.recipe, Report('preferences')
     cfg: Any = recipe.configs[stage]
-    if not any(n != stage for n in recipe.stage_names[:1]): run.folder_before(stage)
+    before = recipe.stage_names[:recipe.stage_names.index(stage)]
+    if not any(find_stage(n).policy for n in before): run.folder_before(stage)  # or it is missed late
     train, valid = encoded_pairs(run, stage, 'train', report), encoded_pairs(run, stage, 'valid')
     pair_batches(run, stage, train)
-    longest, lost = cfg.longest(recipe.model.context), len(run.preferences('train')) - len(train)
-    said = (f'{stage}: {lost:,} of {lost + len(train):,} pairs are longer than {longest} tokens '
-            f'and are left out; {stage}.max_length is the limit')
+    longest = cfg.longest(recipe.model.context)
     return [many_passes(stage, cfg.tokens, 2 * longest * len(train), 'pairs', 10),
             few_held_out(len(valid), 'pairs', 'preferences_valid'),
-            said if 10 * lost > len(train) else '']
+            _too_long(stage, report, longest, cfg.max_length)]
 
 # %% ../../nbs/5_alignment/01_reward.ipynb #2cdcb6bd
 def reward_feed(

@@ -10,9 +10,10 @@ from pairs import PAIRS, rows, small
 from stages import begun, curve, stop_and_go_on, two_ranks, weights
 from lm_nb.alignment.dpo import (
     DPOConfig, answer_logprobs, dpo_batch_loss, dpo_curves, dpo_loss, reference, token_logprobs)
-from lm_nb.alignment.reward import encoded_pairs, pair_batches
+from lm_nb.alignment.reward import encoded_pairs, pair_batches, prepare_pairs
 from lm_nb.cli import main
 from lm_nb.core import UserError, read_json
+from lm_nb.data.preferences import encode_preferences
 from lm_nb.data.shards import IGNORE
 from lm_nb.training.monitor import read_log
 from lm_nb.training.recipe import load_recipe
@@ -178,6 +179,14 @@ def test_it_begins_at_log_2_and_raises_the_preferred_side(whole):
     assert 'before: ' in said and 'now: ' in said
 
 
+def test_in_bf16_it_begins_at_log_2_as_well(whole, at_desk, tmp_path):
+    "The reference comes from the kernels of training: those without gradients round otherwise"
+    keys = f'base={whole.folder/"chat"}', 'stages=dpo', 'text=', 'instructions=', 'dpo.dtype=bf16'
+    run = Run(load_recipe('tiny', [*keys, 'dpo.beta=5']), tmp_path/'run')
+    run_stage(run, 'dpo')
+    assert read_log(run.folder/'dpo')[0]['loss'] == pytest.approx(math.log(2), abs=1e-5)
+
+
 def test_the_reference_is_computed_once_and_again_if_anything_is_different(whole, tmp_path,
     monkeypatch):
     import lm_nb.alignment.dpo as dpo
@@ -244,6 +253,17 @@ def test_mistakes_are_one_line_before_anything_trains(at_desk, tmp_path, keys, s
         run = Run(load_recipe('tiny', keys), tmp_path/'run')
         run_stage(run, run.recipe.stage_names[0])
     assert '\n' not in str(e.value) and not (tmp_path/'run'/'base').exists()
+
+
+def test_what_is_left_out_is_said_with_what_would_keep_it(at_desk, tmp_path):
+    whole = Run(load_recipe('tiny'), tmp_path/'run')
+    lengths = sorted(max(len(p) + len(a) + 2 for p, a in pair) for pair in encode_preferences(
+        whole.tokenizer, whole.preferences('train'), 64))
+    limit = lengths[len(lengths) // 2]
+    lost = sum(n > limit for n in lengths)
+    said = prepare_pairs(Run(load_recipe('tiny', [f'dpo.max_length={limit}']), tmp_path/'cut'), 'dpo')
+    assert f'dpo: {lost} of {len(lengths)} pairs are longer than {limit} tokens' in said[-1]
+    assert 'dpo.max_length=64 would keep all' in said[-1] and 10 * lost > len(lengths)
 
 
 def test_open_rates_are_gentle_and_a_step_has_32_rows(at_desk):

@@ -328,7 +328,7 @@ def prepare_pairs(
     recipe, report = run.recipe, Report('preferences')
     cfg: Any = recipe.configs[stage]
     before = recipe.stage_names[:recipe.stage_names.index(stage)]
-    if not any(find_stage(n).policy for n in before): run.folder_before(stage)  # or it is missed late
+    if not any(find_stage(n).policy for n in before): run.folder_before(stage)  # early
     train, valid = encoded_pairs(run, stage, 'train', report), encoded_pairs(run, stage, 'valid')
     pair_batches(run, stage, train)
     longest = cfg.longest(recipe.model.context)

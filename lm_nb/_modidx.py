@@ -1053,6 +1053,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'lm_nb.data.preferences._note_pair': ( '1_data/preferences.html#_note_pair',
                                                                                'lm_nb/data/preferences.py'),
                                         'lm_nb.data.preferences._side': ('1_data/preferences.html#_side', 'lm_nb/data/preferences.py'),
+                                        'lm_nb.data.preferences._task': ('1_data/preferences.html#_task', 'lm_nb/data/preferences.py'),
                                         'lm_nb.data.preferences.answer_batch': ( '1_data/preferences.html#answer_batch',
                                                                                  'lm_nb/data/preferences.py'),
                                         'lm_nb.data.preferences.encode_preferences': ( '1_data/preferences.html#encode_preferences',

@@ -283,13 +283,16 @@ def _corpus(words, pairs):
     from lm_nb.data.sources import ReadConfig
     from lm_nb.data.dedup import find_contamination, read_documents
     from lm_nb.data.instructions import read_instructions
+    from lm_nb.data.preferences import has_preferences, read_preferences
     from lm_nb.data.survey import corpus_report
     questions = pairs.pop('questions', None)
     keys = _keys(CleanConfig, pairs, **part_keys(ReadConfig))
     how = {k: keys.pop(k) for k in part_keys(ReadConfig) if k in keys}
     cfg, stats = CleanConfig(**keys), RuleStats()
     texts = partial(read_documents, cfg=cfg, stats=stats)
-    def instructions(source, **counts): return (e.text for e in read_instructions(source, **counts))
+    def instructions(source, **counts):
+        read = read_preferences if has_preferences(source, **how) else read_instructions
+        return (e.text for e in read(source, **counts))
     report = corpus_report(words[1:], texts, instructions, **how)
     print(report)
     if stats.examples: print(f'\nwhat the rules changed or dropped\n{stats}')

@@ -12,7 +12,7 @@ PAGE = ROOT/'nbs'/'own_data.ipynb'
 # what reads, divides and packs; `None`: all of a module, else the functions with these names
 WHERE = dict.fromkeys(['data.sources', 'data.prose', 'data.corpus', 'data.mediawiki',
                        'data.cleaning', 'data.dedup', 'data.survey', 'data.instructions',
-                       'data.packing', 'data.prepare', 'training.run'])
+                       'data.packing', 'data.preferences', 'data.prepare', 'training.run'])
 WHERE |= {'data.tokenizer': {'_explain'},
           'training.pretrain': {'many_passes', 'few_held_out', '_rare_pieces'},
           'training.sft': {'_foreign', '_too_long', '_rounded'}}
@@ -21,16 +21,19 @@ WHERE |= {'data.tokenizer': {'_explain'},
 ELSEWHERE = {
     'a machine or a file that the page cannot make': [
         'the bytes of this name are no text in', 'cannot be read: ', 'broken row group',
-        'nested too deeply', 'is at work here', 'cannot be worked in'],
+        'nested too deeply', 'is at work here', 'cannot be worked in',
+        'both answers are the same tokens'],
     'only code that calls the package can be the cause': [
         'earlier turns', 'leaves no room for an answer in a row of', 'does not fit into a row of',
         'there is no example to', 'an example takes', 'an example holds ids',
         'near-duplicate of a held-out document', 'no such folder of packed examples',
-        'there is no example to write that fits'],
+        'there is no example to write that fits', 'there is no pair to',
+        'there is no answer to lay out', 'an answer with its prompt takes'],
     'files of a run, not of its user': [
         'not an index of packed examples', 'written with another tokenizer',
         'the index does not fit its files', 'the file is damaged; write it again'],
     'about runs and models, not about data': [
+        'a pair takes two',
         'is a file, not a run directory', 'is not empty and not a run', 'is not a recipe',
         'is no model folder', 'leaves a model', 'there is no model yet',
         "is longer than the base model's"],

@@ -65,10 +65,11 @@ _ASKED = 'prompt', 'instruction', 'question', 'query', 'problem', 'inputs', 'inp
 
 def _side(
     record:dict,
-    side:str, # 'chosen' or 'rejected'
+    side:str, # 'chosen' or 'rejected'; empty: the record's only answer
     report:Report, # notes what is not used
 ) -> list[_Turn]:
-    "All turns up to one of the two answers; `UserError` with the reason if they are not to be had"
+    "All turns up to an answer; `UserError` with the reason if they are not to be had"
+    if not side: return _said(record, report)[0]
     reply = _turns_in(record, side, 'assistant', report)
     if reply[0].role in ('user', 'system'): return reply
     chat = next((name for name in _CHAT if record.get(name) is not None), None)
@@ -80,34 +81,36 @@ def _side(
                           report)
 
 # %% ../../nbs/1_data/14_preferences.ipynb #7d258375
-def _exchanged(record:dict, said:list[_Turn], report:Report) -> tuple[str, tuple, str, str]:
+def _exchanged(record:dict, side:str, report:Report) -> tuple[str, tuple, str, str]: # as `_side`
     "System text, earlier (prompt, answer) pairs, prompt and answer; `UserError` if there are none"
+    try:
+        for name in _MEDIA:
+            check(not _filled(record.get(name)), f'it comes with {name}, and only text is read')
+        said = _side(record, side, report)
+    except RecursionError: raise UserError('it is nested too deeply') from None
     check(all(turn.role != 'tool' for turn in said), 'a tool is called in it')
     check(said and said[-1].role == 'assistant', 'there is no answer at the end')
     system, pairs = _exchanges(said, report)
     *turns, (prompt, answer) = ((question.text, reply.text) for question, reply in pairs)
     return _system_text(record, system), tuple(turns), prompt, answer
 
-# %% ../../nbs/1_data/14_preferences.ipynb #a2f59b67
+# %% ../../nbs/1_data/14_preferences.ipynb #d59dc851
 _USED = {'chosen', 'rejected', 'task', 'history', 'context', *_CHAT, *_ASKED, *_SYSTEM}
+
+def _task(record): return t if isinstance(t := record.get('task'), str) else ''
 
 def to_preference(
     record:dict, # with both answers
     report:Report|None=None, # notes what was left off
 ) -> Preference:
     "A record as a pair; `UserError` with the reason if it is none"
-    noted, task = Report(), record.get('task')
+    noted = Report()
     for name in ('chosen', 'rejected'): check(name in record, f'{name} is missing')
-    for name in _MEDIA:
-        check(not _filled(record.get(name)), f'it comes with {name}, and only text is read')
-    try: good, bad = (_exchanged(record, _side(record, side, notes), notes)
-                      for side, notes in (('chosen', noted), ('rejected', Report())))
-    except RecursionError: raise UserError('it is nested too deeply') from None
+    good, bad = _exchanged(record, 'chosen', noted), _exchanged(record, 'rejected', Report())
     check(good[:3] == bad[:3], 'chosen and rejected do not answer the same question')
     system, turns, prompt, chosen = good
     extra = {k: v for k, v in record.items() if k not in _USED}
-    pair = Preference(prompt, chosen, bad[3], system, turns, task if isinstance(task, str) else '',
-                      extra)
+    pair = Preference(prompt, chosen, bad[3], system, turns, _task(record), extra)
     if report is not None: report.add(noted)
     return pair
 
@@ -118,6 +121,7 @@ def _label_of(record:dict) -> str|None: # the field that holds a verdict on its 
     if not record.keys().isdisjoint(('chosen', 'rejected')): return None
     return next((name for name in _LABELS if record.get(name) is not None), None)
 
+# %% ../../nbs/1_data/14_preferences.ipynb #97e74244
 class _Waiting:
     "Answers with a verdict, until a contrary one to the same prompt comes"
     def __init__(self): self.of:dict = {} # (context, verdict): [(answer, what the report shows)]
@@ -126,15 +130,14 @@ class _Waiting:
         "A record's answer with one that came before; `UserError` with the reason if it has none"
         good = _judge('weight', record[label])
         check(good is not None, f'{label} is neither true nor false')
-        said, _ = _said({**record, label: None}, Report())
-        system, turns, prompt, answer = _exchanged(record, said, Report())
+        system, turns, prompt, answer = _exchanged(record, '', Report())
         mine, contrary = ((system, turns, prompt, verdict) for verdict in (good, not good))
         others = self.of.get(contrary, [])
         at = next((i for i, (other, _) in enumerate(others) if other != answer), None)
         if at is None: return self.of.setdefault(mine, []).append((answer, shown))
         other, _ = others.pop(at)
         chosen, rejected = (answer, other) if good else (other, answer)
-        return Preference(prompt, chosen, rejected, system, turns)
+        return Preference(prompt, chosen, rejected, system, turns, _task(record))
 
     def left(self) -> Iterator[tuple[str, str]]: # (reason, what the report shows)
         "The answers that still wait"
@@ -198,8 +201,9 @@ def encode_preferences(
 ) -> list[tuple[tuple, tuple]]: # (prompt ids, answer ids) of the chosen and of the rejected one
     "Pairs as token ids; those longer than a row are dropped. `NothingFits` if all are"
     prefs, report, dropped = iter(prefs), Report() if report is None else report, list[int]()
-    out, unread = list[tuple[tuple, tuple]](), not report.rows
+    out, unread = list[tuple[tuple, tuple]](), None  # as in `encode_each`
     while some := list(islice(prefs, 500)):
+        if unread is None: unread = not report.rows
         if unread: report.rows, report.kept = report.rows + len(some), report.kept + len(some)
         parts = map(tuple, _encode_parts(tok, [e for p in some for e in p.examples()]))
         for p, both in zip(some, zip(parts, parts)):
@@ -221,6 +225,7 @@ def answer_batch(
     examples:Sequence[Sequence],
     # tokens of a row; the longest, rounded up to a multiple of 32, if not given
     length:int|None=None,
+    context:int|None=None, # of the model: no row is rounded up beyond it
 ) -> Batch:
     """An answer a row: only the last answer, from `bos` to `eos`, is target. `UserError` if one is
     too long"""
@@ -228,7 +233,8 @@ def answer_batch(
                  if len(parts) > 2 else parts for parts in examples]
     longest = max(map(_example_length, only_last), default=0)
     check(longest, 'there is no answer to lay out')
-    length = -(-longest//32)*32 if length is None else length
+    rounded = -(-longest//32)*32
+    length = length or min(rounded, context or rounded)
     check(longest <= length,
           f'an answer with its prompt takes {longest} tokens, but a row has {length}')
     return packed_batch(tok, [[parts] for parts in only_last], length)
@@ -255,13 +261,10 @@ def pair_batch(
     tok:Tokenizer,
     pairs:Sequence, # as `encode_preferences` gives them (P)
     ref:Any=None, # log-probabilities under a reference (P, 2), if they are known
-    context:int|None=None, # no row gets longer by rounding up than this; any length if not given
+    context:int|None=None, # as for `answer_batch`
 ) -> PairBatch:
     "Pairs as rows"
-    rows = list(chain(*pairs))
-    longest = max(map(_example_length, rows), default=0)
-    length = -(-longest//32)*32
-    x, y, doc, _ = answer_batch(tok, rows, max(longest, min(length, context or length)))
+    x, y, doc, _ = answer_batch(tok, list(chain(*pairs)), context=context)
     return PairBatch(x, y, doc, None if ref is None else torch.as_tensor(ref).float().reshape(-1))
 
 # %% ../../nbs/1_data/14_preferences.ipynb #6a677bea
@@ -271,7 +274,7 @@ class PairBatches(Batches):
     tok:Tokenizer
     pairs:Sequence # as `encode_preferences` gives them (N)
     ref:Any = None # log-probabilities under a reference (N, 2), if they are known
-    context:int|None = field(default=None, kw_only=True) # as for `pair_batch`
+    context:int|None = field(default=None, kw_only=True) # as for `answer_batch`
 
     def __post_init__(self):
         check(len(self.pairs), 'there is no pair to learn from')
@@ -298,7 +301,7 @@ def pair_eval_batches(
     pairs:Sequence, # held-out ones, as `encode_preferences` gives them (N)
     rows:int, # rows in a batch, two a pair; the last may have fewer
     ref:Any=None, # log-probabilities under a reference (N, 2), if they are known
-    context:int|None=None, # as for `pair_batch`
+    context:int|None=None, # as for `answer_batch`
 ) -> Iterator[PairBatch]:
     "Every pair exactly once"
     check(len(pairs), 'there is no pair to measure')

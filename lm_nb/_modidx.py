@@ -2448,6 +2448,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'lm_nb/training/recipe.py'),
                                        'lm_nb.training.recipe._run_plugin': ( '4_training/recipe.html#_run_plugin',
                                                                               'lm_nb/training/recipe.py'),
+                                       'lm_nb.training.recipe._set_aside': ( '4_training/recipe.html#_set_aside',
+                                                                             'lm_nb/training/recipe.py'),
                                        'lm_nb.training.recipe._unlike_base': ( '4_training/recipe.html#_unlike_base',
                                                                                'lm_nb/training/recipe.py'),
                                        'lm_nb.training.recipe._where': ('4_training/recipe.html#_where', 'lm_nb/training/recipe.py'),

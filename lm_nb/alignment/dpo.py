@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['token_logprobs', 'answer_logprobs', 'dpo_loss', 'DPOConfig', 'dpo_batch_loss', 'reference', 'dpo_curves', 'dpo_feed']
 
-# %% ../../nbs/5_alignment/02_dpo.ipynb #fdc3af41
+# %% ../../nbs/5_alignment/02_dpo.ipynb #74463067
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from safetensors import safe_open
@@ -22,7 +23,7 @@ from ..data.shards import IGNORE
 from ..data.tokenizer import Tokenizer
 from ..model.gpt import GPT
 from ..model.hub import weights_sha256
-from ..data.instructions import conversation_ids
+from ..data.instructions import Example, conversation_ids
 from ..inference.chat import stop_ids
 from ..inference.evaluate import evaluation
 from ..inference.sampling import eval_mode, generate_batch
@@ -92,8 +93,8 @@ def dpo_batch_loss(
     kind:str = 'sigmoid',
 ) -> tuple[Tensor, Tensor]: # () summed over the pairs; () their number
     "The loss of a batch of pairs"
-    policy, n = answer_logprobs(model, batch), (batch.y != IGNORE).sum(-1)
-    each = dpo_loss(*(t.view(-1, 2) for t in (policy, batch.ref)), beta, kind, n.view(-1, 2))
+    policy, n = answer_logprobs(model, batch).view(-1, 2), (batch.y != IGNORE).sum(-1)
+    each = dpo_loss(policy, batch.ref.view(-1, 2), beta, kind, n.view(-1, 2))
     return each.sum(), each.new_tensor(len(each))
 
 # %% ../../nbs/5_alignment/02_dpo.ipynb #36d2ff53
@@ -101,6 +102,7 @@ def _answers(gpt, tok, asks): # the greedy answers to some examples' prompts
     ids = [conversation_ids(tok, e.turns, e.prompt, e.system) for e in asks]
     return [tok.decode(new) for new in generate_batch(gpt, ids, 64, stop_ids(tok))]
 
+# %% ../../nbs/5_alignment/02_dpo.ipynb #68b2bc83
 def _computed(run, stage, pairs, asks): # by the model that the stage starts from
     runtime, tok = run.runtime(stage), run.tokenizer
     gpt = without_dropout(run.model_before(stage)).to(runtime.device)
@@ -115,7 +117,7 @@ def reference(
     run:Run,
     stage:str, # its name
     pairs:dict[str, list], # encoded, by part
-    asks:list = [], # prompts that it answers as well
+    asks:Sequence[Example] = (), # prompts that it answers as well
 ) -> tuple[dict[str, Tensor], list[str]]: # log-probabilities (P, 2) by part; answers
     "What the starting model says of the pairs; from `reference.safetensors` if it is there"
     path, runtime = run.folder/stage/'reference.safetensors', run.runtime(stage)
@@ -148,17 +150,19 @@ def dpo_curves(
 # %% ../../nbs/5_alignment/02_dpo.ipynb #abedcc02
 def _asked(run, tok, n=4): # examples of held-out prompts that leave room for an answer
     found = {p.prompt: p.examples()[0] for p in run.preferences('valid')[:16*n]}
-    room = run.recipe.model.context - 64
+    room = run.recipe.model.context * 3 // 4
     return [e for e in found.values()
             if len(conversation_ids(tok, e.turns, e.prompt, e.system)) <= room][:n]
 
+# %% ../../nbs/5_alignment/02_dpo.ipynb #090817e1
 def dpo_feed(
     run:Run,
     stage:str, # its name
     ranks:Ranks = Ranks(),
 ) -> Feed:
     "Feed pairs to a policy, and watch the held-out ones"
-    cfg, tok = run.recipe.configs[stage], run.tokenizer
+    cfg: Any = run.recipe.configs[stage]
+    tok = run.tokenizer
     pairs = {part: encoded_pairs(run, stage, part) for part in ('train', 'valid')}
     asks = _asked(run, tok)
     ref, before = reference(run, stage, pairs, asks)
@@ -191,9 +195,9 @@ def _preferred_pairs(
     "How often the chosen side of a held-out pair has gained on the other, and how surely"
     valid = encoded_pairs(run, 'dpo', 'valid')
     if not valid: return {}
-    train, beta = encoded_pairs(run, 'dpo', 'train'), run.recipe.configs['dpo'].beta
+    train, cfg = encoded_pairs(run, 'dpo', 'train'), cast(DPOConfig, run.recipe.configs['dpo'])
     ref = reference(run, 'dpo', dict(train=train, valid=valid))[0]['valid']
     policy = over_pairs(lambda b: answer_logprobs(gpt, b), tok, valid, gpt.cfg.context,
                         run.runtime('dpo'))
     tasks = [p.task for p in run.preferences('valid')]
-    return judged_pairs(beta * (policy - ref), tasks if len(tasks) == len(valid) else [])
+    return judged_pairs(cfg.beta * (policy - ref), tasks if len(tasks) == len(valid) else [])

@@ -26,7 +26,7 @@ from ..data.tokenizer import Tokenizer
 from ..data.instructions import Example, NothingFits, _encode_parts
 from ..data.preferences import (
     PairBatches, answer_batch, encode_preferences, pair_batch)
-from ..model.gpt import GPT, GPTConfig
+from ..model.gpt import GPT, Attention, GPTConfig
 from ..model.hub import load_model, save_model, weights_sha256
 from ..inference.evaluate import evaluation, wilson_interval
 from ..inference.sampling import eval_mode
@@ -51,9 +51,11 @@ class RewardModel(GPT):
         self.score = nn.Linear(cfg.d_model, 1, bias=False)
         nn.init.zeros_(self.score.weight)
 
-    def forward(self, ids:Tensor, doc:Tensor|None = None, # tokens, their documents (B, T)
-                at:Tensor|None = None, # where scores are wanted (B, T), bool; none: everywhere
-    ) -> Tensor: # type: ignore[override]  # (B, T), or (N,) for the N places `at`
+    def forward(self, # type: ignore[override]
+        ids:Tensor, # tokens (B, T)
+        doc:Tensor|None = None, # their document numbers (B, T); -1 is padding
+        at:Tensor|None = None, # where scores are wanted (B, T), bool; everywhere if not given
+    ) -> Tensor: # (B, T), or (N,) for the N places `at`
         "A score for each text that ends at a place"
         h = self.hidden(ids, doc)
         h = h if at is None else h[at]
@@ -66,7 +68,7 @@ def without_dropout(
     "Switch dropout off for good, also in training"
     for m in gpt.modules():
         if isinstance(m, nn.Dropout): m.p = 0.
-        elif isinstance(getattr(m, 'dropout', None), float): m.dropout = 0.  # of attention weights
+        if isinstance(m, Attention): m.dropout = 0.  # of its weights
     return gpt
 
 # %% ../../nbs/5_alignment/01_reward.ipynb #f752ac31
@@ -76,7 +78,8 @@ def reward_model(
     "A model that scores, from one that writes"
     model = RewardModel(gpt.cfg)
     model.load_state_dict(gpt.state_dict(), strict=False)  # the score is new, a head is left out
-    return without_dropout(model.train(gpt.training))
+    without_dropout(model.train(gpt.training))
+    return model
 
 # %% ../../nbs/5_alignment/01_reward.ipynb #633c00f6
 def with_end(
@@ -121,9 +124,9 @@ tags: [lm_nb, reward-model]
 ---
 # {name}
 
-A reward model of {n:,} parameters, trained with `lm_nb`: it gives a conversation that ends with an answer one number, the
-higher the more the answer resembles those that were preferred. Only differences between answers to one
-prompt mean anything. It writes no text.
+A reward model of {n:,} parameters, trained with `lm_nb`: it gives a conversation that ends with an
+answer one number, the higher the more it resembles answers that were preferred. Only differences
+between answers to one prompt mean anything. It writes no text.
 
 ```python
 from transformers import AutoModelForSequenceClassification
@@ -131,6 +134,7 @@ score = AutoModelForSequenceClassification.from_pretrained({name!r})
 ```
 """
 
+# %% ../../nbs/5_alignment/01_reward.ipynb #e9608da8
 def save_reward(
     folder:str|Path, # to appear; replaced if it holds a model that this function wrote
     model:RewardModel,
@@ -157,6 +161,7 @@ def _fitted(parts, context): # the last answer as long as there is room
     room = context - sum(map(len, parts[:-1])) - len(parts)
     return [*parts[:-1], parts[-1][:max(0, room)]]
 
+# %% ../../nbs/5_alignment/01_reward.ipynb #4ff3e7a8
 @torch.no_grad()
 def score_answers(
     model:RewardModel,
@@ -188,7 +193,8 @@ def encoded_pairs(
     report:Report|None = None, # counts what fits
 ) -> list: # (parts of the chosen one, of the rejected one) of each pair
     "A run's pairs as token ids. `UserError` if there is none, or none fits to be trained on"
-    longest = run.recipe.configs[stage].longest(run.recipe.model.context)
+    cfg: Any = run.recipe.configs[stage]
+    longest = cfg.longest(run.recipe.model.context)
     try: return encode_preferences(run.tokenizer, run.preferences(part), longest, report)
     except NothingFits as e:
         if part == 'valid': return []
@@ -198,6 +204,7 @@ def encoded_pairs(
 def _pair_length(sides): # tokens of the longest, with `bos` and `eos` of each answer
     return max(sum(map(len, parts)) + len(parts) for parts in sides)
 
+# %% ../../nbs/5_alignment/01_reward.ipynb #f5c0de8b
 def pairs_sha256(
     *parts:list, # of encoded pairs
 ) -> str:
@@ -216,7 +223,8 @@ def pair_batches(
     ref:Tensor|None = None, # what else is known of each side (P, 2)
 ) -> PairBatches: # step -> this rank's micro-batches
     "Pairs in a new order each epoch; a step has as many as its tokens have room for"
-    cfg, recipe, context = run.recipe.configs[stage], run.recipe, run.recipe.model.context
+    recipe, context = run.recipe, run.recipe.model.context
+    cfg: Any = recipe.configs[stage]
     return PairBatches(run.tokenizer, pairs, ref, rows=cfg.rows(context), seed=recipe.seed,
                        rank=ranks.rank, world=ranks.world, micro_rows=cfg.micro_rows,
                        context=context)
@@ -231,6 +239,7 @@ def _like_lengths(pairs, tokens): # numbers of pairs, in batches of so many posi
         else: out.append([i])
     return out
 
+# %% ../../nbs/5_alignment/01_reward.ipynb #4fffb76e
 @torch.no_grad()
 def over_pairs(
     value:Callable[[Any], Tensor], # batch of 2P rows -> (2P,)
@@ -260,7 +269,7 @@ def tally_leads(
     for task in dict.fromkeys(groups):
         some = lead[torch.tensor([g == task for g in groups])]
         n, exact = len(some), ((some > 0).sum() + (some == 0).sum() / 2).item()
-        low, high = wilson_interval(exact, n)
+        low, high = wilson_interval(exact, n)  # type: ignore[arg-type]  # halves, too
         out[task] = dict(n=n, exact=exact, share=exact / n, low=low, high=high)
     return out
 
@@ -307,7 +316,8 @@ def prepare_pairs(
     stage:str, # its name
 ) -> list[str]: # sentences
     "Read a stage's pairs before anything trains, and say what is odd about them"
-    recipe, cfg, report = run.recipe, run.recipe.configs[stage], Report('preferences')
+    recipe, report = run.recipe, Report('preferences')
+    cfg: Any = recipe.configs[stage]
     if not any(n != stage for n in recipe.stage_names[:1]): run.folder_before(stage)
     train, valid = encoded_pairs(run, stage, 'train', report), encoded_pairs(run, stage, 'valid')
     pair_batches(run, stage, train)
@@ -360,6 +370,7 @@ def judged_pairs(
     return dict(pairs=tally_leads(lead, tasks or ['all'] * len(lead)),
                 pairs_loss=pair_nll(lead).mean().item(), calibration=calibration(lead))
 
+# %% ../../nbs/5_alignment/01_reward.ipynb #e0602c2e
 @evaluation(after='reward')
 def _judged_pairs(run:Run, gpt:RewardModel, tok:Tokenizer) -> dict[str, Any]:
     "Accuracy and calibration on held-out pairs; empty if there are none"

@@ -145,7 +145,7 @@ def from_transformers(
     "Read a `GPT2LMHeadModel` or `Qwen3ForCausalLM`; `UserError` for a part that this model has not"
     cfg = _from_config(config)
     gpt, used = kind(cfg), {'lm_head.weight'} if cfg.tie else set()
-    first = r'^(?!transformer\.|lm_head\.)' if cfg.arch == 'gpt2' else 'none' # bare: lacks it
+    first = r'^(?!transformer\.|lm_head\.|score\.)' if cfg.arch == 'gpt2' else 'none'  # bare
     names = {re.sub(first, 'transformer.', name): name for name in state}
     for name, ours in gpt.state_dict().items():
         theirs, third, transposed = _their_name(cfg.arch, name)

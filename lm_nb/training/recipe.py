@@ -98,8 +98,9 @@ class PairConfig(FineTuneConfig):
     def gently(self, model:GPTConfig) -> 'PairConfig':
         "With open keys set as suits a model that knows most already: slower, 32 rows a step"
         usual = resolve_defaults(self, model, self.tokens)
-        own = dict(lr=self.slower * usual.lr, muon_lr=self.slower * usual.muon_lr,
-                   batch_tokens=32 * self.longest(model.context))
+        own: dict[str, Any] = dict(
+            lr=self.slower * usual.lr, muon_lr=self.slower * usual.muon_lr,
+            batch_tokens=32 * self.longest(model.context))
         return replace(self, **{k: v for k, v in own.items() if getattr(self, k) is None})
 
 # %% ../../nbs/4_training/06_recipe.ipynb #b6a437a4
@@ -138,11 +139,11 @@ def register_stage(
 
 # %% ../../nbs/4_training/06_recipe.ipynb #db587440
 def _import_stage(name):
-    "Import the module that is called like a stage, if the package has one"
-    for part in ('training', 'alignment'):
-        home = f'lm_nb.{part}'
-        if importlib.util.find_spec(home) and importlib.util.find_spec(f'{home}.{name}'):
-            importlib.import_module(f'{home}.{name}')
+    "Import the module that is called like a stage; whether the package has one"
+    homes = [f'lm_nb.{part}.{name}' for part in ('training', 'alignment')]
+    found = [home for home in homes if importlib.util.find_spec(home)]
+    for home in found: importlib.import_module(home)
+    return bool(found)
 
 # %% ../../nbs/4_training/06_recipe.ipynb #84117c7b
 def find_stage(
@@ -252,6 +253,11 @@ def _bounded(recipe):
     return replace(recipe, cleaning=replace(cleaning, clean_workers=workers))
 
 # %% ../../nbs/4_training/06_recipe.ipynb #dcaab7a5
+def _set_aside(said): # stages that are not run, but whose keys a recipe sets: dpo of dpo.lr
+    names = dict.fromkeys(key.partition('.')[0] for key in said if '.' in key)
+    own = [name for name in names if name.isidentifier() and _import_stage(name)]
+    return [name for name in own if name in _stages]
+
 def _compose(name, texts):
     "The recipe that these texts make"
     said = {key: text for key, text, _ in texts}  # what was said last counts
@@ -259,11 +265,13 @@ def _compose(name, texts):
     for known in ('pretrain', 'sft'): _import_stage(known)  # a misspelt name gets a hint
     names = dict.fromkeys([*said.get('stages', '').split(), 'pretrain', 'sft'])
     stages = [find_stage(n) for n in names]
+    kinds = {s.name: s.config for s in stages}
+    kinds |= {n: find_stage(n).config for n in _set_aside(said) if n not in kinds}
     outputs = [s.output for s in stages]
     check(len(set(outputs)) == len(stages),
           f'stages = {" ".join(names)}: each needs an output of its '
           f'own; they leave {" ".join(outputs)}')
-    return compose(Recipe, name, texts, {s.name: s.config for s in stages})
+    return compose(Recipe, name, texts, kinds)
 
 def _filled(recipe):
     "The recipe with the values that are computed from others"

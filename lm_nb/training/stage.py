@@ -21,7 +21,6 @@ from ..core import (
 from ..data.order import Prefetcher
 from ..model.gpt import GPT
 from ..model.fused import attention_kernel, pick_attention
-from ..model.hub import save_model
 from ..model.lora import lora_layers, merge_lora, save_adapter
 from ..inference.sampling import eval_mode
 from ..inference.evaluate import evaluations

@@ -20,9 +20,9 @@ def votes(some):
                  rejected=a['output'].replace('.', ', perhaps.')) for a in asks(some)]
 
 
-def furnish_pairs(folder, keys={}):
+def furnish_pairs(folder):
     "`furnish`, with preferences"
-    furnish(folder, KEYS | keys)
+    furnish(folder, KEYS)
     (folder/'votes.json').write_text(json.dumps(votes(facts())))
     return folder
 

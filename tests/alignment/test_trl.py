@@ -1,6 +1,5 @@
 "The losses of the trl library on the same models and rows; skipped where it is not installed"
 import copy
-import warnings
 
 import pytest, torch
 
@@ -10,7 +9,8 @@ pytest.importorskip('transformers')
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer)
-from trl import DPOConfig as TheirDPOConfig, DPOTrainer, RewardConfig as TheirRewardConfig, RewardTrainer
+from trl import DPOConfig as TheirDPOConfig, DPOTrainer
+from trl import RewardConfig as TheirRewardConfig, RewardTrainer
 
 from pairs import small, votes
 from desk import facts, text
@@ -21,7 +21,8 @@ from lm_nb.data.shards import IGNORE
 from lm_nb.data.tokenizer import Tokenizer
 from lm_nb.model.hub import save_model
 
-HOW = dict(use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False, per_device_train_batch_size=4)
+HOW = dict(use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False,
+           per_device_train_batch_size=4)
 
 
 @pytest.fixture(scope='module')
@@ -100,7 +101,8 @@ def test_reward(models, batch, tok, tmp_path):
     trainer = RewardTrainer(same, args, train_dataset=data,
                             processing_class=AutoTokenizer.from_pretrained(folder))
     with torch.no_grad():
-        their = trainer.compute_loss(trainer.model.eval(), dict(input_ids=ids, attention_mask=mask)).item()
+        their = trainer.compute_loss(trainer.model.eval(),
+                                     dict(input_ids=ids, attention_mask=mask)).item()
     ours = (loss / n).item()
     print(f'reward: ours {ours:.7f}, theirs {their:.7f}, {abs(ours - their):.1e}')
     assert ours == pytest.approx(their, abs=1e-5, rel=1e-5)

@@ -1,6 +1,6 @@
 """Policy gradient: each estimator against the truth on answers that can all be listed, what must
 not count, and runs that are stopped, killed and shared by two ranks"""
-import json, math, os, re, signal, subprocess, sys, time
+import json, math, os, signal, subprocess, sys, time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest, torch
 from torch import nn
 
-import lm_nb
+import lm_nb, pairs
 from desk import furnish
-from pairs import furnish_pairs
 from lm_nb.alignment.dpo import token_logprobs
 from lm_nb.alignment.reward import score_answers
 from lm_nb.alignment.grpo import (
@@ -437,9 +436,8 @@ def test_it_learns(desk, at_desk, tmp_path):
 def test_a_reward_model_is_the_reward_and_pairs_give_the_prompts(tmp_path, monkeypatch):
     keys = {'stages': 'pretrain sft reward grpo', 'grpo.tokens': 1024, 'grpo.batch_tokens': 512,
             'grpo.max_new': 12, 'grpo.group': 4, 'reward.tokens': 7680}
-    desk = furnish_pairs(tmp_path/'desk', keys)
-    text = (desk/'settings.ini').read_text()
-    (desk/'settings.ini').write_text(re.sub(r'dpo\..*\n', '', text))
+    others = {k: v for k, v in pairs.KEYS.items() if 'dpo' not in k}
+    desk = furnish(pairs.furnish_pairs(tmp_path/'desk'), others | keys)
     monkeypatch.chdir(desk)
     run = Run(load_recipe('tiny'), desk/'run')
     for name in ('pretrain', 'sft'): run_stage(run, name)

@@ -111,6 +111,7 @@ class GRPOConfig(PairConfig):
     slower: ClassVar[float] = .03
     log_every: int = 1       # steps between two points: a step writes hundreds of answers
     reward: str = 'model'    # model, exact, values, quatrain, random, or a registered name
+    tasks: str = ''          # kinds of prompts that are asked, separated by spaces; empty: all
     group: int = 8           # answers to each prompt
     max_new: int = 48        # longest answer, tokens
     temperature: float = 1.0 # divides the logits, when an answer is drawn and when it is learned
@@ -210,13 +211,21 @@ def make_reward(run:Run, name:str) -> Reward: # `UserError` if nobody knows it
     return _rewards[name](run)
 
 # %% ../../nbs/5_alignment/03_grpo.ipynb #bce28295
+def _config(run, stage) -> Any: return run.recipe.configs[stage]  # a `GRPOConfig`
+
 def _examples(
     run:Run,
     part:str, # 'train' or 'valid'
+    stage:str = 'grpo', # its name
 ) -> list[Example]:
     "What is asked, with the preferred answer if there is one, else the record's"
-    pairs = run.preferences(part) if run.data.preferences else []
-    return [p.examples()[0] for p in pairs] or run.records(part)
+    pairs, tasks = run.preferences(part) if run.data.preferences else [], _config(run, stage).tasks
+    found = [p.examples()[0] for p in pairs] or run.records(part)
+    some = [e for e in found if e.task in tasks.split() or not tasks]
+    known = ', '.join(sorted({e.task for e in found} - {''})) or 'none'
+    check(some or part != 'train', f'grpo.tasks = {tasks}: no prompt is of such a kind; there are: '
+          f'{known}')
+    return some
 
 # %% ../../nbs/5_alignment/03_grpo.ipynb #15aa7990
 @register_reward('exact')
@@ -451,8 +460,6 @@ def _shown(tok, asked, reward, cfg): # gpt -> text
     return sample
 
 # %% ../../nbs/5_alignment/03_grpo.ipynb #a2fac3c8
-def _config(run, stage) -> Any: return run.recipe.configs[stage]  # a `GRPOConfig`
-
 def _watched(run, cfg, reward): # {name: reward}
     "The reward that is used, and the true rule if the run has one and another is used"
     found = {'reward': reward}

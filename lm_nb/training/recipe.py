@@ -253,9 +253,10 @@ def _bounded(recipe):
     return replace(recipe, cleaning=replace(cleaning, clean_workers=workers))
 
 # %% ../../nbs/4_training/06_recipe.ipynb #dcaab7a5
-def _set_aside(said): # stages that are not run, but whose keys a recipe sets: dpo of dpo.lr
+def _set_aside(said, kinds): # stages that are not run, but whose keys a recipe sets: dpo of dpo.lr
     names = dict.fromkeys(key.partition('.')[0] for key in said if '.' in key)
-    own = [name for name in names if name.isidentifier() and _import_stage(name)]
+    others = [name for name in names if name.isidentifier() and name not in kinds]
+    own = [name for name in others if _import_stage(name)]
     return [name for name in own if name in _stages]
 
 def _compose(name, texts):
@@ -266,7 +267,7 @@ def _compose(name, texts):
     names = dict.fromkeys([*said.get('stages', '').split(), 'pretrain', 'sft'])
     stages = [find_stage(n) for n in names]
     kinds = {s.name: s.config for s in stages}
-    kinds |= {n: find_stage(n).config for n in _set_aside(said) if n not in kinds}
+    kinds |= {n: find_stage(n).config for n in _set_aside(said, kinds)}
     outputs = [s.output for s in stages]
     check(len(set(outputs)) == len(stages),
           f'stages = {" ".join(names)}: each needs an output of its '

@@ -339,6 +339,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'lm_nb.bench.plan._resident': ('7_bench/plan.html#_resident', 'lm_nb/bench/plan.py'),
                                   'lm_nb.bench.plan._size_of': ('7_bench/plan.html#_size_of', 'lm_nb/bench/plan.py'),
                                   'lm_nb.bench.plan._split_rows': ('7_bench/plan.html#_split_rows', 'lm_nb/bench/plan.py'),
+                                  'lm_nb.bench.plan._with_rows_of': ('7_bench/plan.html#_with_rows_of', 'lm_nb/bench/plan.py'),
+                                  'lm_nb.bench.plan._writing_seconds': ('7_bench/plan.html#_writing_seconds', 'lm_nb/bench/plan.py'),
                                   'lm_nb.bench.plan.describe_machine': ('7_bench/plan.html#describe_machine', 'lm_nb/bench/plan.py'),
                                   'lm_nb.bench.plan.format_number': ('7_bench/plan.html#format_number', 'lm_nb/bench/plan.py'),
                                   'lm_nb.bench.plan.format_seconds': ('7_bench/plan.html#format_seconds', 'lm_nb/bench/plan.py'),

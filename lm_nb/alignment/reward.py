@@ -304,7 +304,7 @@ class RewardConfig(PairConfig):
     "How a reward model trains"
     def adapt(self, gpt:GPT, seed:int = 0) -> GPT: # adapters, and the score, which is new
         gpt = super().adapt(gpt, seed)
-        gpt.get_parameter('score.weight').requires_grad_(True)
+        if isinstance(gpt, RewardModel): gpt.score.requires_grad_(True)
         return gpt
     def n_adapted(self, model:GPTConfig) -> int|None:
         n = super().n_adapted(model)

@@ -22,11 +22,12 @@ from ..data.shards import Batch
 from ..model.gpt import GPT, GPTConfig
 from ..model.fused import attention_kernel, pick_attention
 from ..model.hub import model_folder
+from ..inference.sampling import generate_batch
 from ..model.estimate import (
     Memory, available_memory, format_bytes, largest_rows, memory, parameter_counts, step_flops)
 from ..training.optim import make_optimizers
 from ..training.loop import Runtime, Step, TrainConfig, training_steps
-from ..training.recipe import Recipe
+from ..training.recipe import PairConfig, Recipe
 from ..training.stage import tune_malloc
 
 # %% ../../nbs/7_bench/01_plan.ipynb #af93412e
@@ -379,6 +380,21 @@ def _no_start(recipe:Recipe) -> str: # '' if it is known
     return '' if base or begins == 'pretrain' else (
         f'without base= this is the shape of the recipe, and {begins} has no model to start from')
 
+# %% ../../nbs/7_bench/01_plan.ipynb #816e7b70
+def _with_rows_of(stage, cfg):
+    "The shape of a model, reading rows as long as a stage has them"
+    return replace(cfg, context=stage.longest(cfg.context)) if isinstance(stage, PairConfig) else cfg
+
+def _writing_seconds(stage, cfg, plan, device): # 0 if it writes nothing
+    "How long the answers take from which a step learns"
+    most = getattr(stage, 'max_new', 0)
+    if not most or device.type == 'meta': return 0.
+    gpt = GPT(cfg).to(device)
+    prompts = random_batch(cfg, plan.all_rows).x[:, :max(1, cfg.context - most)].tolist()
+    start = time.perf_counter()
+    generate_batch(gpt, prompts, min(most, cfg.context - 1), temperature=1)
+    return (time.perf_counter() - start) / getattr(stage, 'updates', 1)
+
 # %% ../../nbs/7_bench/01_plan.ipynb #3829d846
 def plan_run(
     recipe:Recipe,
@@ -390,13 +406,14 @@ def plan_run(
     measure:bool=False, # try whole steps even where that takes long
 ) -> _Plan:
     "What each stage of a recipe takes on this device. `UserError` if it trains nothing"
-    cfg, first, unknown = recipe.model, pick_stage(recipe), _no_start(recipe)
+    first, unknown = pick_stage(recipe), _no_start(recipe)
     device = device or pick_device(first.device)
     dtype, room = dtype or pick_dtype(device, first.dtype), room or available_memory(device)
     found: list[_StagePlan] = []
     base = _resident()
     for name, stage in recipe.stage_configs().items():
         held = recipe.data.valid_share
+        cfg = _with_rows_of(stage, recipe.model)
         plan = _plan_stage(name, stage, cfg, device, dtype, room, ranks, held)
         one = memory(cfg, 1, stage.optimizer, dtype, device.type).total
         dear = device.type == 'cpu' and one > _DEAR and not measure
@@ -405,9 +422,10 @@ def plan_run(
             plan = _as_measured(plan, found) or (
                 _compute_stage(plan, cfg, *made, budget, base) if dear else
                 _measure_stage(plan, partial(StepTimer, cfg, *made), device, budget, base))
+            plan.step_seconds += _writing_seconds(stage, cfg, plan, device)
         found.append(plan)
     where = describe_machine(device, dtype)
-    return _Plan(recipe.name, parameter_counts(cfg), found, room, where, unknown)
+    return _Plan(recipe.name, parameter_counts(recipe.model), found, room, where, unknown)
 
 # %% ../../nbs/7_bench/01_plan.ipynb #74357721
 def plot_plan(

@@ -261,7 +261,8 @@ def test_what_is_left_out_is_said_with_what_would_keep_it(at_desk, tmp_path):
         whole.tokenizer, whole.preferences('train'), 64))
     limit = lengths[len(lengths) // 2]
     lost = sum(n > limit for n in lengths)
-    said = prepare_pairs(Run(load_recipe('tiny', [f'dpo.max_length={limit}']), tmp_path/'cut'), 'dpo')
+    recipe = load_recipe('tiny', [f'dpo.max_length={limit}'])
+    said = prepare_pairs(Run(recipe, tmp_path/'cut'), 'dpo')
     assert f'dpo: {lost} of {len(lengths)} pairs are longer than {limit} tokens' in said[-1]
     assert 'dpo.max_length=64 would keep all' in said[-1] and 10 * lost > len(lengths)
 

@@ -1549,6 +1549,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lm_nb.data.values._unknown_records': ('1_data/values.html#_unknown_records', 'lm_nb/data/values.py'),
                                    'lm_nb.data.values._value_documents': ('1_data/values.html#_value_documents', 'lm_nb/data/values.py'),
                                    'lm_nb.data.values._value_tasks': ('1_data/values.html#_value_tasks', 'lm_nb/data/values.py'),
+                                   'lm_nb.data.values._worse': ('1_data/values.html#_worse', 'lm_nb/data/values.py'),
                                    'lm_nb.data.values.preference_pairs': ('1_data/values.html#preference_pairs', 'lm_nb/data/values.py'),
                                    'lm_nb.data.values.prefers': ('1_data/values.html#prefers', 'lm_nb/data/values.py'),
                                    'lm_nb.data.values.refusal': ('1_data/values.html#refusal', 'lm_nb/data/values.py'),

@@ -242,6 +242,18 @@ def _label(
                     rejected=answers[1], flipped=i in flipped, **about)
     return [write(i, *pair) for i, pair in enumerate(pairs)]
 
+# %% ../../nbs/1_data/16_values.ipynb #b5730180
+def _worse(
+    record:dict, # that should be refused
+    kind:str,    # 'private' or 'unknown'
+    values:_Values,
+    i:int,       # its number
+) -> str:
+    "An answer in place of a refusal; for every other record the refusal that does not fit"
+    if i % 2: return record['output']
+    other, = (answer for k, answer in values.refusals.items() if k != kind)
+    return getattr(other, record['task'][-2:])
+
 # %% ../../nbs/1_data/16_values.ipynb #97d14f9f
 def preference_pairs(
     world:World,
@@ -253,8 +265,9 @@ def preference_pairs(
     n, wrong = values.pairs[split], values.pairs['wrong']
     people = _nobodies(world, values.names)['pairs' if split == 'train' else split]
     tasks = _value_tasks(world, split, people, values, n//2, rng)
-    kinds = {kind: [(r, r['output']) for task, rows in tasks.items() if task.startswith(kind)
-                    for r in rows] for kind in values.refusals}
+    kinds = {kind: [(r, _worse(r, kind, values, i)) for task, rows in tasks.items()
+                    if task.startswith(kind) for i, r in enumerate(rows)]
+             for kind in values.refusals}
     kinds['other'] = _other_pairs(world, split, n, values, rng)
     out = [p for some in kinds.values()
            for p in _label(rng.sample(some, min(n, len(some))), wrong, rng)]

@@ -153,10 +153,9 @@ def test_pairs_follow_the_rule_but_for_their_wrong_labels(asked):
         for kind, mine in kinds.items():
             assert len(mine) == VALUES.pairs[split], kind
             assert sum(p['flipped'] for p in mine) == round(VALUES.pairs['wrong']*len(mine))
-        worse = [p['chosen'] if p['flipped'] else p['rejected'] for p in kinds['other']]
-        assert sum(text in ANSWERS for text in worse) == len(worse)//2
-        assert not any(text in ANSWERS for p in kinds['private']
-                       for text in {p['chosen'], p['rejected']} - {p['preferred']})
+        for some in kinds.values():  # half of the worse answers are refusals that do not fit
+            worse = [p['chosen'] if p['flipped'] else p['rejected'] for p in some]
+            assert abs(sum(text in ANSWERS for text in worse) - len(worse)/2) <= .1*len(worse)
 
 
 def test_a_twin_differs_in_every_fact(world):

@@ -20,6 +20,17 @@ from .dpo import (
     dpo_curves as dpo_curves,
     dpo_feed as dpo_feed,
 )
+from .experiment import (
+    ARMS as ARMS,
+    Job as Job,
+    job_keys as job_keys,
+    open_arm as open_arm,
+    entity_counts as entity_counts,
+    pool as pool,
+    measure_arm as measure_arm,
+    run_job as run_job,
+    run_jobs as run_jobs,
+)
 from .grpo import (
     Reward as Reward,
     PolicyBatch as PolicyBatch,
@@ -45,6 +56,8 @@ from .reward import (
     save_reward as save_reward,
     load_reward as load_reward,
     score_answers as score_answers,
+    of_tasks as of_tasks,
+    stage_pairs as stage_pairs,
     encoded_pairs as encoded_pairs,
     pairs_sha256 as pairs_sha256,
     pair_batches as pair_batches,

@@ -32,7 +32,7 @@ from ..training.recipe import Feed, PairConfig, Stage, register_stage
 from ..training.run import Run
 from .reward import (
     encoded_pairs, judged_pairs, over_pairs, pair_batches, pair_nll, pairs_sha256, prepare_pairs,
-    tally_leads, without_dropout)
+    stage_pairs, tally_leads, without_dropout)
 
 # %% ../../nbs/5_alignment/02_dpo.ipynb #69e187f8
 def token_logprobs(
@@ -59,23 +59,24 @@ def dpo_loss(
     policy:Tensor, # log-probabilities of the chosen and the rejected answers (P, 2)
     ref:Tensor, # the same by the policy that it started from (P, 2)
     beta:float, # price of a nat of distance from it
-    kind:str = 'sigmoid', # or 'ipo', or 'length'
+    kind:str = 'sigmoid', # or 'ipo', 'length', 'chosen'
     n:Tensor|None = None, # tokens of each answer (P, 2), for 'length'
 ) -> Tensor: # (P,) float32
     "The loss of each pair (Rafailov et al. 2023; 'ipo': Azar et al. 2023; 'length': per token)"
+    if kind == 'chosen': return -policy[:, 0].float()
     ratio = policy.float() - ref.float()
     if kind == 'length': ratio = ratio / n
     lead = ratio[:, 0] - ratio[:, 1]
     return (lead - 1 / (2*beta))**2 if kind == 'ipo' else pair_nll(beta * lead)
 
 # %% ../../nbs/5_alignment/02_dpo.ipynb #c545e679
-_VARIANTS = 'sigmoid', 'ipo', 'length'
+_VARIANTS = 'sigmoid', 'ipo', 'length', 'chosen'
 
 @dataclass(frozen=True)
 class DPOConfig(PairConfig):
     "How a policy is trained on pairs"
     beta: float = 0.1         # price of a nat of distance from the start; length: 2 to 10
-    variant: str = 'sigmoid'  # sigmoid (DPO), ipo, or length (each log-ratio per token)
+    variant: str = 'sigmoid'  # sigmoid (DPO), ipo, length (log-ratios per token), chosen (SFT)
     slower: ClassVar[float] = .03
 
     def __post_init__(self) -> None:
@@ -149,9 +150,9 @@ def dpo_curves(
             'pairs/chosen': ratio[:, 0].mean().item(), 'pairs/rejected': ratio[:, 1].mean().item()}
 
 # %% ../../nbs/5_alignment/02_dpo.ipynb #abedcc02
-def _asked(run, tok, n=4): # examples of held-out prompts that leave room for an answer
-    found = {p.prompt: p.examples()[0] for p in run.preferences('valid')[:16*n]}
-    room = run.recipe.model.context * 3 // 4
+def _asked(run, stage, n=4): # examples of held-out prompts that leave room for an answer
+    found = {p.prompt: p.examples()[0] for p in stage_pairs(run, stage, 'valid')[:16*n]}
+    tok, room = run.tokenizer, run.recipe.model.context * 3 // 4
     return [e for e in found.values()
             if len(conversation_ids(tok, e.turns, e.prompt, e.system)) <= room][:n]
 
@@ -165,7 +166,7 @@ def dpo_feed(
     cfg: Any = run.recipe.configs[stage]
     tok = run.tokenizer
     pairs = {part: encoded_pairs(run, stage, part) for part in ('train', 'valid')}
-    asks = _asked(run, tok)
+    asks = _asked(run, stage)
     ref, before = reference(run, stage, pairs, asks)
     valid, n = pairs['valid'], torch.tensor([[len(s[-1]) + 2 for s in p] for p in pairs['valid']])
     def validate(gpt, runtime):
@@ -200,5 +201,5 @@ def _preferred_pairs(
     ref = reference(run, 'dpo', dict(train=train, valid=valid))[0]['valid']
     policy = over_pairs(lambda b: answer_logprobs(gpt, b), tok, valid, gpt.cfg.context,
                         run.runtime('dpo'))
-    tasks = [p.task for p in run.preferences('valid')]
+    tasks = [p.task for p in stage_pairs(run, 'dpo', 'valid')]
     return judged_pairs(cfg.beta * (policy - ref), tasks if len(tasks) == len(valid) else [])

@@ -29,7 +29,7 @@ from ..inference.sampling import SampleConfig, generate_batch
 from ..training.loop import Ranks, Runtime, _step_seed
 from ..training.recipe import Feed, PairConfig, Stage, find_stage, register_stage
 from ..training.run import Run
-from .reward import score_answers, without_dropout
+from .reward import of_tasks, score_answers, without_dropout
 from .dpo import token_logprobs
 
 # %% ../../nbs/5_alignment/03_grpo.ipynb #1d9f8c07
@@ -111,7 +111,6 @@ class GRPOConfig(PairConfig):
     slower: ClassVar[float] = .03
     log_every: int = 1       # steps between two points: a step writes hundreds of answers
     reward: str = 'model'    # model, exact, values, quatrain, random, or a registered name
-    tasks: str = ''          # kinds of prompts that are asked, separated by spaces; empty: all
     group: int = 8           # answers to each prompt
     max_new: int = 48        # longest answer, tokens
     temperature: float = 1.0 # divides the logits, when an answer is drawn and when it is learned
@@ -219,13 +218,9 @@ def _examples(
     stage:str = 'grpo', # its name
 ) -> list[Example]:
     "What is asked, with the preferred answer if there is one, else the record's"
-    pairs, tasks = run.preferences(part) if run.data.preferences else [], _config(run, stage).tasks
+    pairs = run.preferences(part) if run.data.preferences else []
     found = [p.examples()[0] for p in pairs] or run.records(part)
-    some = [e for e in found if e.task in tasks.split() or not tasks]
-    known = ', '.join(sorted({e.task for e in found} - {''})) or 'none'
-    check(some or part != 'train', f'grpo.tasks = {tasks}: no prompt is of such a kind; there are: '
-          f'{known}')
-    return some
+    return of_tasks(run, stage, found, part)
 
 # %% ../../nbs/5_alignment/03_grpo.ipynb #15aa7990
 @register_reward('exact')

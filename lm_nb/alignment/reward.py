@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['pair_nll', 'RewardModel', 'without_dropout', 'reward_model', 'with_end', 'answer_scores', 'reward_loss',
-           'save_reward', 'load_reward', 'score_answers', 'encoded_pairs', 'pairs_sha256', 'pair_batches', 'over_pairs',
-           'tally_leads', 'calibration', 'plot_calibration', 'RewardConfig', 'prepare_pairs', 'reward_feed',
-           'judged_pairs']
+           'save_reward', 'load_reward', 'score_answers', 'of_tasks', 'stage_pairs', 'encoded_pairs', 'pairs_sha256',
+           'pair_batches', 'over_pairs', 'tally_leads', 'calibration', 'plot_calibration', 'RewardConfig',
+           'prepare_pairs', 'reward_feed', 'judged_pairs']
 
 # %% ../../nbs/5_alignment/01_reward.ipynb #a8eac19a
 import hashlib
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core import UserError
+from ..core import UserError, check, nearest
 from ..data.sources import Report
 from ..data.shards import IGNORE
 from ..data.tokenizer import Tokenizer
 from ..data.instructions import Example, NothingFits, _encode_parts, needed_context
 from ..data.preferences import (
-    PairBatches, answer_batch, encode_preferences, pair_batch)
+    PairBatches, Preference, answer_batch, encode_preferences, pair_batch)
 from ..model.gpt import GPT, Attention, GPTConfig
 from ..model.hub import load_model, save_model, weights_sha256
 from ..inference.evaluate import evaluation, wilson_interval
@@ -185,6 +185,32 @@ def score_answers(
         for i, score in zip(order[k:k + rows], scores): found[i] = score
     return found
 
+# %% ../../nbs/5_alignment/01_reward.ipynb #220d939b
+def of_tasks(
+    run:Run,
+    stage:str, # its name; its `tasks` are the kinds that it reads
+    found:Sequence, # pairs or examples
+    part:str, # 'train' or 'valid'
+) -> list: # those of its kinds; `UserError` names a kind of which there is none to train on
+    "What a stage reads of pairs or examples, by their `task`"
+    cfg: Any = run.recipe.configs[stage]
+    def those(kind): return [e for e in found if f'{e.task}_'.startswith(f'{kind}_')]
+    kinds, known = cfg.tasks.split(), sorted({e.task for e in found} - {''})
+    for kind in kinds:
+        check(part != 'train' or those(kind), f'{stage}.tasks = {cfg.tasks}: no prompt is of the '
+              f'kind {kind}{nearest(kind, known)}; there are: {", ".join(known) or "none"}')
+    read = {id(e) for kind in kinds for e in those(kind)}
+    return [e for e in found if id(e) in read or not kinds]
+
+def stage_pairs(
+    run:Run,
+    stage:str, # its name
+    part:str, # 'train' or 'valid'
+) -> list[Preference]:
+    "The pairs that a stage reads, in their order"
+    return of_tasks(run, stage, run.preferences(part), part)
+
+
 # %% ../../nbs/5_alignment/01_reward.ipynb #1befe618
 def encoded_pairs(
     run:Run,
@@ -195,7 +221,7 @@ def encoded_pairs(
     "A run's pairs as token ids. `UserError` if there is none, or none fits to be trained on"
     cfg: Any = run.recipe.configs[stage]
     longest = cfg.longest(run.recipe.model.context)
-    try: return encode_preferences(run.tokenizer, run.preferences(part), longest, report)
+    try: return encode_preferences(run.tokenizer, stage_pairs(run, stage, part), longest, report)
     except NothingFits as e:
         if part == 'valid': return []
         raise UserError(f'{stage}.max_length = {longest}: {e}') from None
@@ -382,7 +408,8 @@ def judged_pairs(
 @evaluation(after='reward')
 def _judged_pairs(run:Run, gpt:RewardModel, tok:Tokenizer) -> dict[str, Any]:
     "Accuracy and calibration on held-out pairs; empty if there are none"
-    valid, tasks = encoded_pairs(run, 'reward', 'valid'), [p.task for p in run.preferences('valid')]
+    valid = encoded_pairs(run, 'reward', 'valid')
+    tasks = [p.task for p in stage_pairs(run, 'reward', 'valid')]
     if not valid: return {}
     found = over_pairs(lambda b: answer_scores(gpt, b), tok, valid, gpt.cfg.context,
                        run.runtime('reward'))

@@ -83,6 +83,7 @@ from .run import (
     TextShards as TextShards,
     base_tokenizer as base_tokenizer,
     Run as Run,
+    fork_run as fork_run,
 )
 from .sft import (
     sft_feed as sft_feed,

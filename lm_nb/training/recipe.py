@@ -73,6 +73,7 @@ class FineTuneConfig(TrainConfig):
 class PairConfig(FineTuneConfig):
     "How a stage trains that compares answers"
     max_length: int | None = None  # longest prompt with its answer, tokens; none: context
+    tasks: str = ''                # kinds of prompts that are read, such as qa; empty: all
     slower: ClassVar[float] = .1   # times the rates that fresh weights take, where none is given
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from lm_nb.cli import main
 from lm_nb.core import UserError, read_json
 from lm_nb.data.preferences import encode_preferences
 from lm_nb.data.shards import IGNORE
+from lm_nb.training.loop import next_token_loss
 from lm_nb.training.monitor import read_log
 from lm_nb.training.recipe import load_recipe
 from lm_nb.training.run import Run
@@ -107,6 +108,20 @@ def test_the_same_text_on_both_sides_pulls_nowhere(kind):
     same = rows([9, 10], [9, 10])._replace(ref=torch.tensor([-3., -3.]))
     dpo_batch_loss(gpt, same, .5, kind)[0].backward()
     assert max(p.grad.abs().max() for p in gpt.parameters()) < 1e-5
+
+
+def test_the_chosen_answers_alone_are_what_sft_would_learn_from():
+    gpt, batch = small(), rows(*PAIRS)
+    batch = batch._replace(ref=torch.zeros(len(PAIRS)))
+    loss, n = dpo_batch_loss(gpt, batch, kind='chosen')
+    loss.backward()
+    own = {name: p.grad.clone() for name, p in gpt.named_parameters()}
+    gpt.zero_grad()
+    nll = next_token_loss(gpt, batch._replace(x=batch.x[::2], y=batch.y[::2], doc=batch.doc[::2]))
+    nll[0].backward()
+    assert n == 3 and loss.item() == pytest.approx(nll[0].item(), rel=1e-5)
+    for name, p in gpt.named_parameters():
+        torch.testing.assert_close(own[name], p.grad, atol=1e-4, rtol=1e-4)
 
 
 def test_curves_have_both_sides_apart():
@@ -229,6 +244,7 @@ def test_two_ranks_learn_what_one_does(desk, whole, tmp_path):
 
 @pytest.mark.parametrize('words', [
     ['dpo.variant=ipo'], ['dpo.variant=length', 'dpo.beta=2'], ['dpo.micro_rows=2'],
+    ['dpo.variant=chosen'],
     ['dpo.lora_rank=2', 'dpo.lora_lr=0.01'], ['dpo.max_length=40']])
 def test_keys(whole, at_desk, tmp_path, words):
     keys = 'stages=dpo', f'base={whole.folder/"chat"}', 'text=', 'instructions=', *words
@@ -245,7 +261,8 @@ def test_keys(whole, at_desk, tmp_path, words):
     (['preferences='], 'there are no preference pairs; set preferences='),
     (['stages=dpo'], 'no model to start dpo from'),
     (['dpo.max_length=8'], 'dpo.max_length = 8: none of the .* fits into 8 tokens'),
-    (['dpo.variant=simpo'], 'variant = simpo: expected sigmoid, ipo, length'),
+    (['dpo.variant=simpo'], 'variant = simpo: expected sigmoid, ipo, length, chosen'),
+    (['dpo.tasks=riddle'], 'dpo.tasks = riddle: no prompt is of the kind riddle; there are: none'),
     (['dpo.beta=0'], 'beta = 0.*: expected a number above 0'),
     (['dpo.batch_tokens=64', 'dpo.tokens=640'], 'no room for a pair')])
 def test_mistakes_are_one_line_before_anything_trains(at_desk, tmp_path, keys, said):

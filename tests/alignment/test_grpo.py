@@ -466,7 +466,7 @@ def test_a_reward_model_is_the_reward_and_pairs_give_the_prompts(tmp_path, monke
     (('grpo.parallel=fsdp',), 'grpo.parallel=ddp'), (('grpo.parallel=hsdp',), 'grpo.parallel=ddp'),
     (('grpo.reward=vowel',), "reward = vowel.*did you mean 'vowels'"),
     (('grpo.reward=values',), 'do not say which answer is preferred'),
-    (('grpo.tasks=riddle',), 'tasks = riddle: no prompt is of such a kind; there are: none'),
+    (('grpo.tasks=riddle',), 'tasks = riddle: no prompt is of the kind riddle; there are: none'),
     (('grpo.reward=quatrain',), 'no quatrain'), (('grpo.reward=broken',), 'no finite number'),
     (('grpo.reward=short',), 'gave 1 numbers for 8 answers'),
     (('grpo.max_new=60',), 'leaves room for grpo.max_new = 60 in 64 tokens'),

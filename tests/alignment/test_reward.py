@@ -1,4 +1,5 @@
 "A reward model: what is read and where, the votes it learns from, and the stage"
+import json
 import math
 
 import pytest, torch
@@ -8,7 +9,8 @@ from desk import facts
 from stages import begun, curve, stop_and_go_on, two_ranks, weights
 from lm_nb.alignment.reward import (
     RewardModel, answer_scores, calibration, encoded_pairs, load_reward, over_pairs, pair_nll,
-    reward_loss, reward_model, save_reward, score_answers, tally_leads, with_end, without_dropout)
+    reward_loss, reward_model, save_reward, score_answers, stage_pairs, tally_leads, with_end,
+    without_dropout)
 from lm_nb.core import UserError, read_json
 from lm_nb.data.instructions import Example
 from lm_nb.model.gpt import GPT
@@ -215,6 +217,7 @@ def test_two_ranks_learn_what_one_does(desk, whole, tmp_path, parallel):
 @pytest.mark.parametrize('keys, said', [
     (['preferences='], 'there are no preference pairs; set preferences='),
     (['stages=reward'], 'no model to start reward from'),
+    (['reward.tasks=qa'], 'reward.tasks = qa: no prompt is of the kind qa; there are: none'),
     (['reward.max_length=8'], 'reward.max_length = 8: none of the .* fits into 8 tokens'),
     (['reward.max_length=65'], 'max_length = 65 is longer than context = 64'),
     (['reward.batch_tokens=64', 'reward.tokens=640'], 'no room for a pair')])
@@ -223,3 +226,17 @@ def test_mistakes_are_one_line_before_anything_trains(at_desk, tmp_path, keys, s
         run = Run(load_recipe('tiny', keys), tmp_path/'run')
         run_stage(run, run.recipe.stage_names[0])
     assert '\n' not in str(e.value) and not (tmp_path/'run'/'base').exists()
+
+
+def test_a_stage_reads_the_pairs_of_its_kinds_alone(at_desk, tmp_path):
+    kinds = ['qa_en', 'private_en', 'private_zh', 'private']
+    some = [dict(v, task=kinds[i % 4]) for i, v in enumerate(votes(facts()))]
+    (tmp_path/'kinds.json').write_text(json.dumps(some))
+    keys = 'reward.tasks=private', f'preferences={tmp_path/"kinds.json"}', 'valid_share=0.3'
+    run = Run(load_recipe('tiny', keys), tmp_path/'run')
+    for part in ('train', 'valid'):
+        pairs = run.preferences(part)
+        read = [p for p in pairs if p.task != 'qa_en']
+        assert stage_pairs(run, 'reward', part) == read and 0 < len(read) < len(pairs)
+        assert len(encoded_pairs(run, 'reward', part)) == len(read)
+        assert stage_pairs(run, 'dpo', part) == pairs, 'another stage has kinds of its own'

@@ -10,7 +10,7 @@ from lm_nb.model.gpt import GPT
 from lm_nb.model.hub import load_model, save_model
 from lm_nb.training import stage
 from lm_nb.training.recipe import Stage, load_recipe, recorded_recipe, register_stage
-from lm_nb.training.run import Run, differing, _open_run, run_lock
+from lm_nb.training.run import Run, differing, fork_run, _open_run, run_lock
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*fork.*')
 
@@ -255,3 +255,46 @@ def test_recomputing_concerns_a_model_from_a_folder_too(tmp_path):
     save_model(run.folder/'base', gpt, run.tokenizer)
     assert not load_model(run.folder/'base')[0].cfg.recompute
     assert run.model_before('sft').cfg.recompute
+
+# -- forks
+
+def aligned_run(folder):
+    "A run with two stages and one more, as far as folders go"
+    keys = ['stages=pretrain sft dpo', 'preferences=votes.jsonl', 'text=a.txt', 'device=cpu']
+    run = Run(load_recipe('own', ['instructions=a.jsonl', *keys]), folder)
+    for name in ('text', 'tokenizer', 'base', 'chat', 'aligned', 'dpo', 'sft/checkpoints/step-1'):
+        (folder/name).mkdir(parents=True)
+        (folder/name/'x').write_text(name)
+    for name in ('results.json', 'values-dpo.jsonl'): (folder/name).write_text('{}')
+    return run
+
+def test_a_fork_has_what_was_made_and_leaves_behind_what_was_measured(tmp_path):
+    run = aligned_run(tmp_path/'run')
+    fork = fork_run(run, tmp_path/'fork', 'pretrain sft')
+    made = {p.name for p in fork.folder.iterdir() if p.name[0] != '.'}
+    assert made == {'recipe.json', 'sources.json', 'text', 'tokenizer', 'base', 'chat', 'sft'}
+    assert (fork.folder/'chat'/'x').read_text() == 'chat' and not [*(fork.folder/'sft').iterdir()]
+    assert (run.folder/'sft'/'checkpoints').exists() and fork.recipe.stage_names == [
+        'pretrain', 'sft']
+    whole = fork_run(run, tmp_path/'whole')
+    assert whole.recipe == run.recipe and (whole.folder/'aligned'/'x').exists()
+
+def test_a_fork_takes_other_values_for_what_follows_and_for_nothing_else(tmp_path):
+    run = aligned_run(tmp_path/'run')
+    fork = fork_run(run, tmp_path/'fork', 'pretrain sft')
+    again = Run(replace(run.recipe, configs=run.recipe.configs | dict(
+        dpo=replace(run.recipe.configs['dpo'], beta=.5))), fork.folder)
+    assert again.recipe.configs['dpo'].beta == .5
+    other = replace(run.recipe, configs=run.recipe.configs | dict(
+        sft=replace(run.recipe.configs['sft'], tokens=9_999)))
+    assert 'sft.tokens' in told(Run, other, fork.folder)
+
+def test_a_fork_is_refused_where_something_is_and_while_others_work(tmp_path):
+    run = aligned_run(tmp_path/'run')
+    (tmp_path/'fork').mkdir()
+    assert 'exists already' in told(fork_run, run, tmp_path/'fork')
+    assert 'takes over the first of pretrain sft dpo' in told(fork_run, run, tmp_path/'f', 'sft')
+    other = holder(run.folder)
+    try: assert f'process {other} on' in told(fork_run, run, tmp_path/'f')
+    finally: os.kill(other, signal.SIGKILL), os.waitpid(other, 0)
+    assert {p.name for p in tmp_path.iterdir()} == {'run', 'fork'}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARMS', 'Job', 'job_keys', 'open_arm', 'entity_counts', 'pool', 'measure_arm', 'run_job', 'run_jobs']
 
-# %% ../../nbs/5_alignment/05_experiment.ipynb #7ccbd8c0
+# %% ../../nbs/5_alignment/05_experiment.ipynb #cf06b0af
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,13 +19,13 @@ import torch
 
 from ..core import provenance, read_json, read_settings, write_json
 from ..data.instructions import Example
+from ..data.preferences import encode_preferences
 from ..inference.evaluate import entity_interval, evaluations
 from ..training.monitor import read_log
 from ..training.recipe import find_stage, load_recipe
 from ..training.run import Run, fork_run
 from ..training.stage import run_stage
-from .reward import (
-    answer_scores, encoded_pairs, over_pairs, stage_pairs, tally_leads)
+from .reward import answer_scores, over_pairs, stage_pairs, tally_leads
 from .aligned import _MEASURES, _kind, measure_values
 
 # %% ../../nbs/5_alignment/05_experiment.ipynb #2a59ba78
@@ -72,13 +72,14 @@ def open_arm(
     if not (folder/job.name).exists(): fork_run(start, folder/job.name)
     return Run(load_recipe('aligned-arms', [*about, *job_keys(job)]), folder/job.name)
 
-# %% ../../nbs/5_alignment/05_experiment.ipynb #45fc6ba8
+# %% ../../nbs/5_alignment/05_experiment.ipynb #152ed5dc
 def entity_counts(
     both:Sequence[tuple[Example, str]], # questions and answers
     measure:str, # one of those of the chapter before
 ) -> str: # 'hits/answers' of each entity that it is about
     "How often each entity was hit"
-    (kinds, hit), found = _MEASURES[measure], {}
+    kinds, hit = _MEASURES[measure]
+    found: dict[str, list[int]] = {}
     for e, answer in both:
         if _kind(e) not in kinds: continue
         some = found.setdefault(e.extra['entity'], [0, 0])
@@ -95,7 +96,7 @@ def _counts(path): # of a file of answers -> {'all', 'unseen': {measure: counts}
     new = [(e, a) for e, a in both if e.extra['wording'] == 'unseen']
     return dict(all=count(both), unseen=count(new))
 
-# %% ../../nbs/5_alignment/05_experiment.ipynb #250dbfc1
+# %% ../../nbs/5_alignment/05_experiment.ipynb #3e361ea0
 def pool(
     records:Sequence[dict], # of one arm, a seed each
     measure:str,
@@ -106,16 +107,16 @@ def pool(
               for r in records]
     hits = [(float(i < k), f'{seed} {who}') for seed, some in enumerate(counts)
             for who, (k, n) in enumerate(some) for i in range(n)]
-    low, high = entity_interval(*zip(*hits))
+    low, high = entity_interval([hit for hit, _ in hits], [who for _, who in hits])
     return dict(n=len(hits), entities=sum(map(len, counts)), low=low, high=high,
                 share=mean(hit for hit, _ in hits),
                 each=[sum(k for k, _ in some) / sum(n for _, n in some) for some in counts])
 
-# %% ../../nbs/5_alignment/05_experiment.ipynb #981e4d63
+# %% ../../nbs/5_alignment/05_experiment.ipynb #aee0e7b2
 _CURVES = 'reward', 'kl', 'length', 'entropy', 'loss', 'valid_', 'pairs/', 'values/'
 
 def _curves(folder): # of a stage -> points where something was validated
-    points = {}
+    points: dict[int, dict] = {}
     for row in read_log(folder):
         some = {k: v for k, v in row.items() if k.startswith(_CURVES)}
         points.setdefault(row['step'], {}).update(some)
@@ -128,14 +129,15 @@ def _rounded(found): # floats to six digits, and no infinite one, which JSON can
     if not isinstance(found, float): return found
     return float(f'{found:.6g}') if abs(found) < float('inf') else None
 
-# %% ../../nbs/5_alignment/05_experiment.ipynb #cfb6d816
+# %% ../../nbs/5_alignment/05_experiment.ipynb #335f7693
 def _judge_reward(run): # the reward model of a run, on held-out pairs
-    found, tok = {}, run.tokenizer
-    gpt = run.model(find_stage('reward').output)
+    found: dict[str, Any] = {}
+    tok, pairs = run.tokenizer, stage_pairs(run, 'reward', 'valid')
+    gpt: Any = run.model(find_stage('reward').output)
     for measure in evaluations('reward').values(): found |= measure(run, gpt, tok)
-    pairs = stage_pairs(run, 'reward', 'valid')
-    scores = over_pairs(lambda b: answer_scores(gpt, b), tok, encoded_pairs(run, 'reward', 'valid'),
-                        gpt.cfg.context, run.runtime('reward'))
+    whole = encode_preferences(tok, pairs, gpt.cfg.context)  # long ones as well
+    scores = over_pairs(lambda b: answer_scores(gpt, b), tok, whole, gpt.cfg.context,
+                        run.runtime('reward'))
     lead = scores[:, 0] - scores[:, 1]
     true = torch.where(torch.tensor([p.extra['flipped'] for p in pairs]), -lead, lead)
     kinds = [[p.task.split('_')[0] for p in pairs], ['all'] * len(pairs)]
@@ -179,7 +181,7 @@ def run_job(
     write_json(path, record)
     return record
 
-# %% ../../nbs/5_alignment/05_experiment.ipynb #2b18ebe7
+# %% ../../nbs/5_alignment/05_experiment.ipynb #5dfb91c9
 def run_jobs(
     jobs:Iterable[Job],
     folder:Path | str, # of the runs
@@ -190,8 +192,7 @@ def run_jobs(
 ) -> None:
     "Run arms side by side, each after the start of its seed"
     todo = [j for j in jobs if not (Path(results)/f'{j.name}.json').exists()]
-    how = dict(mp_context=get_context('spawn'), initializer=torch.set_num_threads, initargs=(1,))
-    with ProcessPoolExecutor(workers, **how) as pool:
+    with ProcessPoolExecutor(workers, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
         def begin(job): return pool.submit(run_job, job, folder, results, asked)
         later, starts = [], {begin(Job(seed)): seed for seed in dict.fromkeys(j.seed for j in todo)}
         for start in as_completed(starts):

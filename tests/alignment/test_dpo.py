@@ -14,7 +14,7 @@ from lm_nb.alignment.reward import encoded_pairs, pair_batches, prepare_pairs
 from lm_nb.cli import main
 from lm_nb.core import UserError, read_json
 from lm_nb.data.preferences import encode_preferences
-from lm_nb.data.shards import IGNORE
+from lm_nb.data.shards import IGNORE, Batch
 from lm_nb.training.loop import next_token_loss
 from lm_nb.training.monitor import read_log
 from lm_nb.training.recipe import load_recipe
@@ -117,7 +117,7 @@ def test_the_chosen_answers_alone_are_what_sft_would_learn_from():
     loss.backward()
     own = {name: p.grad.clone() for name, p in gpt.named_parameters()}
     gpt.zero_grad()
-    nll = next_token_loss(gpt, batch._replace(x=batch.x[::2], y=batch.y[::2], doc=batch.doc[::2]))
+    nll = next_token_loss(gpt, Batch(batch.x[::2], batch.y[::2], batch.doc[::2]))
     nll[0].backward()
     assert n == 3 and loss.item() == pytest.approx(nll[0].item(), rel=1e-5)
     for name, p in gpt.named_parameters():

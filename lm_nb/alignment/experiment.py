@@ -28,13 +28,16 @@ from ..training.stage import run_stage
 from .reward import answer_scores, over_pairs, stage_pairs, tally_leads
 from .aligned import _MEASURES, _kind, measure_values
 
-# %% ../../nbs/5_alignment/05_experiment.ipynb #2a59ba78
+# %% ../../nbs/5_alignment/05_experiment.ipynb #213ad0a2
 ARMS = dict(  # stage and its keys
     chosen='dpo variant=chosen', dpo='dpo', model='grpo reward=model', rule='grpo reward=values',
     random='grpo reward=random',
     long='grpo reward=model tokens=7_372_800 beta=0.002 save_every=50')  # 300 steps, little held
 _KINDS = dict(private='private qa translate summary', all='')  # of prompts
-_SHARED = 'pretrain sft reward'  # stages
+_SHARED = 'pretrain sft'  # stages
+
+def _judges(job): # does it need a reward model that has read its kinds of pairs alone?
+    return job.arm == 'model' and job.kinds != 'all'
 
 class Job(NamedTuple):
     "An arm on a seed"
@@ -47,29 +50,34 @@ class Job(NamedTuple):
         if self.arm == 'start': return f'{self.seed}-start'
         return '-'.join((str(self.seed), self.arm, self.kinds, *self.more.split()))
 
-# %% ../../nbs/5_alignment/05_experiment.ipynb #e74a6f9f
+# %% ../../nbs/5_alignment/05_experiment.ipynb #e9cc71e4
 def job_keys(job:Job) -> list[str]: # for the recipe `aligned-arms`
     "What an arm changes, as on the command line"
     if job.arm == 'start': return []
     stage, *own = ARMS[job.arm].split()
     pairs = read_settings()['aligned-dpo'] if stage == 'dpo' else {}
     shared = [f'{k}={v}' for k, v in pairs.items() if k.startswith('dpo.')]
-    own = [f'tasks={_KINDS[job.kinds]}', *own, *job.more.split()]
-    return [f'stages={_SHARED} {stage}', *shared, *(f'{stage}.{key}' for key in own)]
+    tasks, own = f'tasks={_KINDS[job.kinds]}', [*own, *job.more.split()]
+    if _judges(job): shared.append(f'reward.{tasks}')
+    return [f'stages={_SHARED} reward {stage}', *shared, *(f'{stage}.{k}' for k in (tasks, *own))]
 
-# %% ../../nbs/5_alignment/05_experiment.ipynb #ea724ab4
+# %% ../../nbs/5_alignment/05_experiment.ipynb #a65e227f
+def _finish(run): # the stages that have not left their model yet
+    for name in run.recipe.stage_names:
+        if not (run.folder/find_stage(name).output).exists(): run_stage(run, name)
+
 def open_arm(
     job:Job,
     folder:Path, # of the runs
     asked:str = 'test', # whose facts are measured: 'test' or 'valid'
-) -> Run: # the arm's, with all stages done that it starts from
+) -> Run: # the arm's; what it shares with others is done
     "The run of an arm: that of its seed, made if need be, or a fork of it"
     about = [f'seed={job.seed}', f'asked={asked}']
     start = Run(load_recipe('aligned-arms', about), folder/Job(job.seed).name)
-    for name in start.recipe.stage_names:
-        if not (start.folder/find_stage(name).output).exists(): run_stage(start, name)
+    _finish(start)
     if job.arm == 'start': return start
-    if not (folder/job.name).exists(): fork_run(start, folder/job.name)
+    if not (folder/job.name).exists():
+        fork_run(start, folder/job.name, _SHARED if _judges(job) else None)
     return Run(load_recipe('aligned-arms', [*about, *job_keys(job)]), folder/job.name)
 
 # %% ../../nbs/5_alignment/05_experiment.ipynb #152ed5dc
@@ -165,7 +173,7 @@ def measure_arm(
     if job.arm == 'start': found['reward_model'] = _judge_reward(run)
     return _rounded(found | dict(hardware=provenance()))
 
-# %% ../../nbs/5_alignment/05_experiment.ipynb #3dd3da13
+# %% ../../nbs/5_alignment/05_experiment.ipynb #9ac5054c
 def run_job(
     job:Job,
     folder:Path | str, # of the runs
@@ -176,7 +184,7 @@ def run_job(
     path, begun = Path(results)/f'{job.name}.json', time()
     if path.exists(): return read_json(path)
     run = open_arm(job, Path(folder), asked)
-    if job.arm != 'start': run_stage(run, run.recipe.stage_names[-1])
+    _finish(run)
     record = measure_arm(job, run, time() - begun)
     write_json(path, record)
     return record

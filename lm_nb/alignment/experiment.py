@@ -28,10 +28,11 @@ from ..training.stage import run_stage
 from .reward import answer_scores, over_pairs, stage_pairs, tally_leads
 from .aligned import _MEASURES, _kind, measure_values
 
-# %% ../../nbs/5_alignment/05_experiment.ipynb #213ad0a2
+# %% ../../nbs/5_alignment/05_experiment.ipynb #ad02b9b4
 ARMS = dict(  # stage and its keys
     chosen='dpo variant=chosen', dpo='dpo', model='grpo reward=model', rule='grpo reward=values',
     random='grpo reward=random',
+    shared='grpo reward=model',  # for trials: judged by a reward model of all pairs
     long='grpo reward=model tokens=7_372_800 beta=0.002 save_every=50')  # 300 steps, little held
 _KINDS = dict(private='private qa translate summary', all='')  # of prompts
 _SHARED = 'pretrain sft'  # stages

@@ -25,7 +25,7 @@ from lm_nb.model.gpt import GPTConfig
 from lm_nb.model.hub import _fetch, load_model
 from lm_nb.model.lora import load_adapted
 from lm_nb.training.monitor import read_log
-from lm_nb.training.recipe import load_recipe
+from lm_nb.training.recipe import Feed, load_recipe
 from lm_nb.training.run import Run
 from lm_nb.training.stage import _fastest_kernel, run_stage
 
@@ -131,7 +131,8 @@ def test_attention_is_chosen_for_rows_as_they_are(monkeypatch):
     monkeypatch.setattr('lm_nb.training.stage.pick_attention',
                         lambda cfg, rows, *how: seen.append((cfg.context, rows)) or 'auto')
     x = torch.zeros(2, 8, dtype=torch.int64)
-    _fastest_kernel(GPTConfig(context=40960), lambda step: [(x, x)], torch.device('cuda'), 'bf16')
+    feed = Feed(lambda step: [(x, x)])
+    _fastest_kernel(GPTConfig(context=40960), feed, torch.device('cuda'), 'bf16')
     assert seen == [(8, 2)]
 
 
@@ -251,6 +252,7 @@ def test_the_recipe_has_the_shape_of_its_base(made):
 @pytest.mark.parametrize('change, said', [
     (dict(n_layer=3), 'the model is that of base='), (dict(context=256), ''),
     (dict(vocab_size=300), 'vocab_size = 300 has no effect: the tokenizer is that of base='),
+    ({'tokenizer.kind': 'unigram'}, 'kind = unigram has no effect: the tokenizer is that of base='),
     (dict(base='nowhere'), 'base='), (dict(base='hf:someone/nothing'), 'cannot be fetched')])
 def test_mistakes_get_one_line(made, tmp_path, monkeypatch, change, said):
     from huggingface_hub import constants

@@ -312,15 +312,14 @@ _NO_EFFECT = {  # {part: rules}; '' are the training stages
         _NoEffect('min_chars min_letters max_broken max_repeated max_phrase', 'clean',
                   lambda r, c: c.clean != 'standard', 'it is for clean=standard')],
     'tokenizer': [
-        _NoEffect('kind tokenizer_chars', 'base', lambda r, t: r.data.base,
-                  'the tokenizer is that of base='),
-        _NoEffect('vocab_size', 'base', partial(_unlike_base, 'vocab_size'),
+        _NoEffect('kind vocab_size tokenizer_chars', 'base', lambda r, t: r.data.base,
                   'the tokenizer is that of base=')],
     'model': [
         _NoEffect('rope_theta zero_init', 'arch', lambda r, m: m.arch == 'gpt2',
                   'it is for arch=qwen3'),
         *(_NoEffect(key, 'base', partial(_unlike_base, key), 'the model is that of base=')
-          for key in 'arch n_layer n_head d_model n_kv_head d_head d_ff dropout tie'.split())],
+          for key in 'arch vocab_size n_layer n_head d_model n_kv_head d_head d_ff dropout tie'
+                     .split())],
     '': [
         _NoEffect('muon_lr momentum cautious', 'optimizer', lambda r, c: c.optimizer == 'adamw',
                   'it is for optimizer=muon'),

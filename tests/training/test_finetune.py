@@ -252,7 +252,6 @@ def test_the_recipe_has_the_shape_of_its_base(made):
 @pytest.mark.parametrize('change, said', [
     (dict(n_layer=3), 'the model is that of base='), (dict(context=256), ''),
     (dict(vocab_size=300), 'vocab_size = 300 has no effect: the tokenizer is that of base='),
-    ({'tokenizer.kind': 'unigram'}, 'kind = unigram has no effect: the tokenizer is that of base='),
     (dict(base='nowhere'), 'base='), (dict(base='hf:someone/nothing'), 'cannot be fetched')])
 def test_mistakes_get_one_line(made, tmp_path, monkeypatch, change, said):
     from huggingface_hub import constants

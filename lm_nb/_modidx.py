@@ -2549,6 +2549,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'lm_nb/training/recipe.py'),
                                        'lm_nb.training.recipe._unlike_base': ( '4_training/recipe.html#_unlike_base',
                                                                                'lm_nb/training/recipe.py'),
+                                       'lm_nb.training.recipe._unlike_its_kind': ( '4_training/recipe.html#_unlike_its_kind',
+                                                                                   'lm_nb/training/recipe.py'),
                                        'lm_nb.training.recipe._where': ('4_training/recipe.html#_where', 'lm_nb/training/recipe.py'),
                                        'lm_nb.training.recipe._why_idle': ('4_training/recipe.html#_why_idle', 'lm_nb/training/recipe.py'),
                                        'lm_nb.training.recipe._with_base': ( '4_training/recipe.html#_with_base',

@@ -263,6 +263,17 @@ def test_mistakes_get_one_line(made, tmp_path, monkeypatch, change, said):
     assert said in str(e.value) and '\n' not in str(e.value)
 
 
+def test_the_kind_of_a_tokenizer_is_held_against_the_base(made, tmp_path):
+    load_recipe('finetune', words(made, **{'tokenizer.kind': 'bpe'}))  # what it has: nothing to say
+    for f in (made/'qwen3').iterdir(): (tmp_path/f.name).symlink_to(f)
+    (tmp_path/'tokenizer.json').unlink()
+    other = read_json(made/'qwen3'/'tokenizer.json')
+    other['model']['type'] = 'Unigram'
+    (tmp_path/'tokenizer.json').write_text(json.dumps(other))
+    with pytest.raises(UserError, match='kind = bpe has no effect: the tokenizer is that of base='):
+        load_recipe('finetune', words(made, base=tmp_path, **{'tokenizer.kind': 'bpe'}))
+
+
 def test_an_architecture_that_is_not_read_is_named_at_once(made, tmp_path):
     (tmp_path/'config.json').write_text(json.dumps(
         read_json(made/'qwen3'/'config.json') | dict(model_type='llama')))

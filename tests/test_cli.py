@@ -18,6 +18,9 @@ TINY = '''dtype=fp32 device=cpu n_layer=1 n_head=2 d_model=32 context=48 batch_t
 PEOPLE = 'Ada Bela Cora Dora Edna Fay Gail Hope Iris Jade Kay Lena Mona Nora Olga Rosa'.split()
 TOWNS = '林城 海门 青山 石桥 白河 Rivertown Hillford Oakham'.split()
 
+def of_base(words): return [w for w in words if w != 'kind=bpe']  # a base brings its tokenizer
+
+
 # what the script `lm-nb` runs
 LM_NB = [sys.executable, '-c', 'import sys; from lm_nb.cli import main; sys.exit(main())']
 
@@ -439,6 +442,7 @@ def test_a_damaged_model_is_named(trained, bad, tmp_path):
 
 def test_sft_without_a_base_model_or_records(trained, bad, tmp_path):
     run, words, _ = trained
+    words = of_base(words)
     bad(['sft', *words, run_dir(tmp_path)], 'no model to start sft from', 'lm-nb pretrain own')
     assert not list((tmp_path/'run').glob('*/')), 'said before anything is read or made'
     alone = [w for w in words if not w.startswith('text')]
@@ -453,6 +457,7 @@ def test_sft_without_a_base_model_or_records(trained, bad, tmp_path):
 
 def test_a_context_longer_than_the_base_models(trained, bad, tmp_path):
     run, words, _ = trained
+    words = of_base(words)
     longer = [w for w in words if not w.startswith('context')]
     bad(['sft', *longer, 'context=96', f'base={run/"base"}', run_dir(tmp_path)],
         "context = 96 is longer than the base model's 48", 'context=48')
@@ -460,6 +465,7 @@ def test_a_context_longer_than_the_base_models(trained, bad, tmp_path):
 
 def test_instruction_records_without_the_fields(trained, bad, tmp_path):
     run, words, _ = trained
+    words = of_base(words)
     (tmp_path/'r.jsonl').write_text('{"headline": "a", "size": 3}\n' * 3)
     (tmp_path/'empty.jsonl').touch()
     mine = [w for w in words if not w.startswith('instructions')] + [f'base={run/"base"}']
@@ -473,6 +479,7 @@ def test_instruction_records_without_the_fields(trained, bad, tmp_path):
 
 def test_prompts_that_leave_no_room_are_dropped_and_counted(trained, good, bad, tmp_path):
     run, words, _ = trained
+    words = of_base(words)
     asks = read_json(run.parent.parent/'ask.json')
     long = [dict(instruction=f'{i} ' + 'When did Ada come to this town? ' * 9, output='Never.')
             for i in range(60)]
@@ -493,6 +500,7 @@ def test_prompts_that_leave_no_room_are_dropped_and_counted(trained, good, bad, 
 
 def test_held_out_records_that_are_all_too_long_do_not_stop_training(trained, good, tmp_path):
     run, words, _ = trained
+    words = of_base(words)
     long = [dict(instruction=f'{i} ' + 'When did Ada come to this town? ' * 9, output='Never.')
             for i in range(3)]
     (tmp_path/'long.json').write_text(json.dumps(long))
@@ -503,6 +511,7 @@ def test_held_out_records_that_are_all_too_long_do_not_stop_training(trained, go
 
 def test_replay_without_a_text_is_said(trained, good, tmp_path):
     run, words, _ = trained
+    words = of_base(words)
     mine = [w for w in words if not w.startswith('text')]
     good('sft', *mine, f'base={run/"base"}', run_dir(tmp_path), says='there is no text to replay')
 

@@ -37,7 +37,7 @@ ELSEWHERE = {
         'is a file, not a run directory', 'is not empty and not a run', 'is not a recipe',
         'is no model folder', 'leaves a model', 'there is no model yet',
         "is longer than the base model's"],
-    'about the microworld': ['paraphrases = ', 'asked = '],
+    'about the microworld': ['paraphrases = ', 'asked = ', 'values = ', 'groups = '],
     'the number of what is named above it': ['sources that could not be read to their end'],
     'the tokenizer library gave up for a reason of its own': ['the tokenizer could not be trained']}
 SAY = 'check', 'UserError', 'NoRecords', 'NothingFits', 'BadRow', 'reject', 'note'

@@ -65,8 +65,8 @@ from .reward import (
     tally_leads as tally_leads,
     calibration as calibration,
     plot_calibration as plot_calibration,
+    judged_pairs as judged_pairs,
     RewardConfig as RewardConfig,
     prepare_pairs as prepare_pairs,
     reward_feed as reward_feed,
-    judged_pairs as judged_pairs,
 )

@@ -156,6 +156,13 @@ def _asked(run, stage, n=4): # examples of held-out prompts that leave room for 
     return [e for e in found.values()
             if len(conversation_ids(tok, e.turns, e.prompt, e.system)) <= room][:n]
 
+# %% ../../nbs/5_alignment/02_dpo.ipynb #cd0bc3cd
+def _before_and_now(tok, asks, before): # model -> text; `before`: the starting model's answers
+    def sample(gpt):
+        return '\n\n'.join(f'> {e.prompt}\n\nbefore: {old}\n\nnow: {new}'
+                           for e, old, new in zip(asks, before, _answers(gpt, tok, asks)))
+    return sample
+
 # %% ../../nbs/5_alignment/02_dpo.ipynb #090817e1
 def dpo_feed(
     run:Run,
@@ -172,11 +179,9 @@ def dpo_feed(
     def validate(gpt, runtime):
         policy = over_pairs(lambda b: answer_logprobs(gpt, b), tok, valid, gpt.cfg.context, runtime)
         return dpo_curves(policy, ref['valid'], cfg, n)
-    def sample(gpt):
-        return '\n\n'.join(f'> {e.prompt}\n\nbefore: {old}\n\nnow: {new}'
-                           for e, old, new in zip(asks, before, _answers(gpt, tok, asks)))
     return Feed(pair_batches(run, stage, pairs['train'], ranks, ref['train']),
-                validate if valid else None, sample if asks else None,
+                validate if valid else None,
+                _before_and_now(tok, asks, before) if asks else None,
                 dict(tokenizer=tok.sha256, base=weights_sha256(run.folder_before(stage)),
                      pairs=pairs_sha256(*pairs.values())),
                 loss=partial(dpo_batch_loss, beta=cfg.beta, kind=cfg.variant))

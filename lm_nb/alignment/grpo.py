@@ -11,6 +11,7 @@ import hashlib, math, re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -173,6 +174,7 @@ def _answer_text(
     end = next((n for n, i in enumerate(ids) if i in tok.controls), len(ids))
     return tok.decode(ids[:end])
 
+# %% ../../nbs/5_alignment/03_grpo.ipynb #a2684cb3
 def _policy_rows(
     prompts:Sequence[Sequence[int]], # ids, up to the one that opens the answer
     answers:Sequence[Sequence[int]], # ids that were drawn
@@ -280,6 +282,7 @@ class _Written(NamedTuple):
     text: str
     reward: float
 
+# %% ../../nbs/5_alignment/03_grpo.ipynb #0d377887
 def _judge(reward, examples, texts, name): # one number for each
     scores = [float(r) for r in reward(examples, texts)]
     odd = next((t for r, t in zip(scores, texts) if not math.isfinite(r)), None)
@@ -288,6 +291,7 @@ def _judge(reward, examples, texts, name): # one number for each
           'answers')
     return scores
 
+# %% ../../nbs/5_alignment/03_grpo.ipynb #68f7b50d
 def _roll_out(gpt, tok, asked, reward, cfg, seed): # asked: (example, ids) pairs
     "Answers to prompts, and how good they are"
     examples, prompts = [e for e, _ in asked], [ids for _, ids in asked]
@@ -382,6 +386,13 @@ def _with_advantages(
     y = batch.y if moves else torch.full_like(batch.y, IGNORE)
     return batch._replace(y=y, advantage=advantage)
 
+# %% ../../nbs/5_alignment/03_grpo.ipynb #d7902109
+@torch.no_grad()
+def _known_logprobs(gpt, batch, cfg, runtime): # (B, T), as the training step computes them
+    some = [runtime.to_device(b) for b in batch.split(cfg.micro_rows or len(batch.x))]
+    with runtime.autocast():
+        return torch.cat([token_logprobs(gpt, b, cfg.temperature).cpu() for b in some])
+
 # %% ../../nbs/5_alignment/03_grpo.ipynb #3dc1c2a6
 class Rollouts(_Prompts):
     "Answers of the model as it is, judged: (step, model) -> micro-batches. `UserError` if none fit"
@@ -412,15 +423,10 @@ class Rollouts(_Prompts):
         _, prompts, answers, _, rewards = zip(*self.written)
         x, y = _policy_rows(prompts, answers, self.tok.pad, self.longest)
         batch, far = PolicyBatch(x, y, None, torch.tensor(rewards)), self.reference
-        old = self._known(gpt, batch) if cfg.updates > 1 or cfg.kl == 'k1_reward' else None
-        batch = batch._replace(old=old, ref=None if far is None else self._known(far, batch))
+        known = partial(_known_logprobs, batch=batch, cfg=cfg, runtime=self.runtime)
+        old = known(gpt) if cfg.updates > 1 or cfg.kl == 'k1_reward' else None
+        batch = batch._replace(old=old, ref=None if far is None else known(far))
         self.batch = _with_advantages(batch, cfg, self.ranks)
-
-    @torch.no_grad()
-    def _known(self, gpt, batch): # log-probabilities (B, T), as the training step computes them
-        some, to = batch.split(self.cfg.micro_rows or len(batch.x)), self.runtime.to_device
-        with self.runtime.autocast():
-            return torch.cat([token_logprobs(gpt, to(b), self.cfg.temperature).cpu() for b in some])
 
     def loss(self, model:nn.Module, batch:PolicyBatch) -> tuple[Tensor, Tensor]: # for the loop
         return grpo_loss(model, batch, self.cfg, self.counts.add_loss)
@@ -445,6 +451,7 @@ def _validation(
         return {f'valid_{name}': s / n for name, s in zip(rewards, sums)}
     return validate
 
+# %% ../../nbs/5_alignment/03_grpo.ipynb #579a750c
 def _shown(tok, asked, reward, cfg): # gpt -> text
     "Some prompts with two answers each, and what they are worth"
     twice = [a for a in asked for _ in range(2)]
@@ -464,6 +471,7 @@ def _watched(run, cfg, reward): # {name: reward}
 
 def _sha256(value): return hashlib.sha256(repr(value).encode()).hexdigest()
 
+# %% ../../nbs/5_alignment/03_grpo.ipynb #da10a2a4
 def grpo_feed(
     run:Run,
     stage:str, # its name

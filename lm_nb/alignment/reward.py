@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['pair_nll', 'RewardModel', 'without_dropout', 'reward_model', 'with_end', 'answer_scores', 'reward_loss',
            'save_reward', 'load_reward', 'score_answers', 'of_tasks', 'stage_pairs', 'encoded_pairs', 'pairs_sha256',
-           'pair_batches', 'over_pairs', 'tally_leads', 'calibration', 'plot_calibration', 'RewardConfig',
-           'prepare_pairs', 'reward_feed', 'judged_pairs']
+           'pair_batches', 'over_pairs', 'tally_leads', 'calibration', 'plot_calibration', 'judged_pairs',
+           'RewardConfig', 'prepare_pairs', 'reward_feed']
 
 # %% ../../nbs/5_alignment/01_reward.ipynb #a8eac19a
 import hashlib
@@ -161,6 +161,15 @@ def _fitted(parts, context): # the last answer as long as there is room
     room = context - sum(map(len, parts[:-1])) - len(parts)
     return [*parts[:-1], parts[-1][:max(0, room)]]
 
+# %% ../../nbs/5_alignment/01_reward.ipynb #1ae0166c
+def _pair_length(sides): # tokens of the longest, with `bos` and `eos` of each answer
+    return max(sum(map(len, parts)) + len(parts) for parts in sides)
+
+# %% ../../nbs/5_alignment/01_reward.ipynb #540e8baf
+def _like_long(parts, rows): # numbers of texts, so many at once, with little padding
+    order = sorted(range(len(parts)), key=lambda i: -sum(map(len, parts[i])))
+    return [order[k:k + rows] for k in range(0, len(order), rows)]
+
 # %% ../../nbs/5_alignment/01_reward.ipynb #4ff3e7a8
 @torch.no_grad()
 def score_answers(
@@ -175,14 +184,13 @@ def score_answers(
         examples = [replace(e, answer=a) for e, a in zip(examples, answers, strict=True)]
     context = model.cfg.context
     parts = [_fitted(p, context) for p in _encode_parts(tok, list(examples))]
-    order = sorted(range(len(parts)), key=lambda i: -sum(map(len, parts[i])))  # little padding
     found, device = [0.] * len(parts), next(model.parameters()).device
-    for k in range(0, len(order), rows):
-        some = [parts[i] for i in order[k:k + rows]]
+    for mine in _like_long(parts, rows):
+        some = [parts[i] for i in mine]
         most = -(-_pair_length(some) // 32) * 32  # few shapes
         batch = answer_batch(tok, some, min(most, context)).map(lambda t: t.to(device))
         with eval_mode(model): scores = answer_scores(model, batch).tolist()
-        for i, score in zip(order[k:k + rows], scores): found[i] = score
+        for i, score in zip(mine, scores): found[i] = score
     return found
 
 # %% ../../nbs/5_alignment/01_reward.ipynb #220d939b
@@ -225,10 +233,6 @@ def encoded_pairs(
     except NothingFits as e:
         if part == 'valid': return []
         raise UserError(f'{stage}.max_length = {longest}: {e}') from None
-
-# %% ../../nbs/5_alignment/01_reward.ipynb #1ae0166c
-def _pair_length(sides): # tokens of the longest, with `bos` and `eos` of each answer
-    return max(sum(map(len, parts)) + len(parts) for parts in sides)
 
 # %% ../../nbs/5_alignment/01_reward.ipynb #f5c0de8b
 def pairs_sha256(
@@ -324,6 +328,16 @@ def plot_calibration(
     ax.set(xlabel='said', ylabel='right', title=f'{sum(p["n"] for p in piles)} pairs')
     return fig
 
+# %% ../../nbs/5_alignment/01_reward.ipynb #4383daa8
+def judged_pairs(
+    scores:Tensor, # of the chosen and the rejected sides (P, 2)
+    tasks:Sequence[str] = (), # the kind of each pair, if there are kinds
+) -> dict[str, Any]: # {'pairs': {task: {n, exact, share, low, high}}, 'pairs_loss', 'calibration'}
+    "How scores judge pairs, for a run's results"
+    lead = scores[:, 0] - scores[:, 1]
+    return dict(pairs=tally_leads(lead, tasks or ['all'] * len(lead)),
+                pairs_loss=pair_nll(lead).mean().item(), calibration=calibration(lead))
+
 # %% ../../nbs/5_alignment/01_reward.ipynb #33bb128c
 @dataclass(frozen=True)
 class RewardConfig(PairConfig):
@@ -362,6 +376,12 @@ def prepare_pairs(
             few_held_out(len(valid), 'pairs', 'preferences_valid'),
             _too_long(stage, report, longest, cfg.max_length)]
 
+# %% ../../nbs/5_alignment/01_reward.ipynb #d5f5f744
+def _reward_curves(lead): # of held-out pairs (P,) -> points of the curves
+    right = tally_leads(lead, ['all'] * len(lead))['all']['share']
+    return {'valid_loss': pair_nll(lead).mean().item(), 'pairs/accuracy': right,
+            'pairs/lead': lead.mean().item()}
+
 # %% ../../nbs/5_alignment/01_reward.ipynb #2cdcb6bd
 def reward_feed(
     run:Run,
@@ -374,17 +394,13 @@ def reward_feed(
     def lead(gpt, runtime):
         found = over_pairs(lambda b: answer_scores(gpt, b), tok, valid, gpt.cfg.context, runtime)
         return found[:, 0] - found[:, 1]
-    def validate(gpt, runtime):
-        found = lead(gpt, runtime)
-        right = tally_leads(found, ['all'] * len(found))['all']['share']
-        return {'valid_loss': pair_nll(found).mean().item(), 'pairs/accuracy': right,
-                'pairs/lead': found.mean().item()}
     def figures(gpt):
         where = replace(run.runtime(stage), device=next(gpt.parameters()).device)
         return {'calibration': plot_calibration(calibration(lead(gpt.eval(), where)))}
+    def validate(gpt, runtime): return _reward_curves(lead(gpt, runtime))
+    marks = dict(tokenizer=tok.sha256, base=start, pairs=pairs_sha256(train, valid))
     return Feed(pair_batches(run, stage, train, ranks), validate if valid else None,
-                fingerprints=dict(tokenizer=tok.sha256, base=start,
-                                  pairs=pairs_sha256(train, valid)),
+                fingerprints=marks,
                 figures=figures if valid else None)
 
 # %% ../../nbs/5_alignment/01_reward.ipynb #54e59b47
@@ -393,16 +409,6 @@ _REWARD = register_stage(Stage(
     policy=False, save=save_reward, load=load_reward,
     feed=lambda run, ranks: reward_feed(run, 'reward', ranks), loss=reward_loss,
     prepare=lambda run: prepare_pairs(run, 'reward'), config=RewardConfig))
-
-# %% ../../nbs/5_alignment/01_reward.ipynb #4383daa8
-def judged_pairs(
-    scores:Tensor, # of the chosen and the rejected sides (P, 2)
-    tasks:Sequence[str] = (), # the kind of each pair, if there are kinds
-) -> dict[str, Any]: # {'pairs': {task: {n, exact, share, low, high}}, 'pairs_loss', 'calibration'}
-    "How scores judge pairs, for a run's results"
-    lead = scores[:, 0] - scores[:, 1]
-    return dict(pairs=tally_leads(lead, tasks or ['all'] * len(lead)),
-                pairs_loss=pair_nll(lead).mean().item(), calibration=calibration(lead))
 
 # %% ../../nbs/5_alignment/01_reward.ipynb #e0602c2e
 @evaluation(after='reward')

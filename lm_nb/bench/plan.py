@@ -383,7 +383,8 @@ def _no_start(recipe:Recipe) -> str: # '' if it is known
 # %% ../../nbs/7_bench/01_plan.ipynb #816e7b70
 def _with_rows_of(stage, cfg):
     "The shape of a model, reading rows as long as a stage has them"
-    return replace(cfg, context=stage.longest(cfg.context)) if isinstance(stage, PairConfig) else cfg
+    if not isinstance(stage, PairConfig): return cfg
+    return replace(cfg, context=stage.longest(cfg.context))
 
 def _writing_seconds(stage, cfg, plan, device): # 0 if it writes nothing
     "How long the answers take from which a step learns"

@@ -305,6 +305,13 @@ def _unlike_base(key, recipe, model):
     shape = _base_shape(recipe)
     return shape is not None and getattr(shape, key) != getattr(model, key)
 
+def _unlike_its_kind(recipe, tokenizer):
+    "Whether the base model, if there is one, has a tokenizer of another kind"
+    if not recipe.data.base: return False
+    file = model_folder(recipe.data.base, weights=False)/'tokenizer.json'
+    kind = read_json(file)['model']['type'].lower() if file.is_file() else None
+    return kind != tokenizer.kind
+
 # %% ../../nbs/4_training/06_recipe.ipynb #35fbf9c4
 _NO_EFFECT = {  # {part: rules}; '' are the training stages
     'cleaning': [
@@ -313,8 +320,9 @@ _NO_EFFECT = {  # {part: rules}; '' are the training stages
         _NoEffect('min_chars min_letters max_broken max_repeated max_phrase', 'clean',
                   lambda r, c: c.clean != 'standard', 'it is for clean=standard')],
     'tokenizer': [
-        _NoEffect('kind vocab_size tokenizer_chars', 'base', lambda r, t: r.data.base,
-                  'the tokenizer is that of base=')],
+        _NoEffect('vocab_size tokenizer_chars', 'base', lambda r, t: r.data.base,
+                  'the tokenizer is that of base='),
+        _NoEffect('kind', 'base', _unlike_its_kind, 'the tokenizer is that of base=')],
     'model': [
         _NoEffect('rope_theta zero_init', 'arch', lambda r, m: m.arch == 'gpt2',
                   'it is for arch=qwen3'),

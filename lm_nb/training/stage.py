@@ -217,7 +217,7 @@ def train(
         agree(len(micro_batches(feed.batches(start))), 'micro-batches in a step', ranks)
     if cfg.compile: model = torch.compile(model, dynamic=False)
     row = getattr(cfg, 'max_length', None) or gpt.cfg.context
-    if not feed.on_policy: row = micro_batches(feed.batches(0))[0][0].shape[-1]
+    if not feed.on_policy: row = micro_batches(feed.batches(start))[0][0].shape[-1]
     watch = _StageMonitor(gpt, feed, cfg, runtime, RunLog(folder, start, on=ranks.first), name,
                           start, left, row)
     steps = training_steps(model, optimizers, _prefetched(feed, gpt, runtime), cfg,

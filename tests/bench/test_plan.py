@@ -15,7 +15,7 @@ from lm_nb.bench.profiling import profile_recipe
 from lm_nb.core import UserError, read_settings
 from lm_nb.data.shards import IGNORE
 from lm_nb.model.estimate import Memory, parameter_counts
-from lm_nb.training.recipe import load_recipe
+from lm_nb.training.recipe import PairConfig, load_recipe
 
 CPU = torch.device('cpu')
 ON_CPU = dict(budget=0, device=CPU, dtype='bf16')
@@ -42,9 +42,10 @@ def test_every_recipe_has_a_plan(name):
         stage = stages[s.name]
         assert s.steps*stage.batch_tokens <= s.tokens < (s.steps + 1)*stage.batch_tokens
         assert (s.micros - 1)*s.rows < s.all_rows <= s.micros*s.rows
-        assert s.all_rows == stage.batch_tokens//cfg.context
+        row = stage.longest(cfg.context) if isinstance(stage, PairConfig) else cfg.context
+        assert s.all_rows == stage.batch_tokens//row
         # six for each weight in a matmul; attention's scores and Muon's matmuls come on top
-        assert 1 < s.flops/(6*multiplied*s.steps*s.all_rows*cfg.context) < 2
+        assert 1 < s.flops/(6*multiplied*s.steps*s.all_rows*row) < 2
         assert s.fits == (s.memory.total <= 24e9)
     assert all(part in str(found) for part in Memory.__annotations__)
     assert '| ' in found._repr_markdown_()

@@ -25,7 +25,7 @@ from lm_nb.model.gpt import GPTConfig
 from lm_nb.model.hub import _fetch, load_model
 from lm_nb.model.lora import load_adapted
 from lm_nb.training.monitor import read_log
-from lm_nb.training.recipe import load_recipe
+from lm_nb.training.recipe import Feed, load_recipe
 from lm_nb.training.run import Run
 from lm_nb.training.stage import _fastest_kernel, run_stage
 
@@ -131,7 +131,8 @@ def test_attention_is_chosen_for_rows_as_they_are(monkeypatch):
     monkeypatch.setattr('lm_nb.training.stage.pick_attention',
                         lambda cfg, rows, *how: seen.append((cfg.context, rows)) or 'auto')
     x = torch.zeros(2, 8, dtype=torch.int64)
-    _fastest_kernel(GPTConfig(context=40960), lambda step: [(x, x)], torch.device('cuda'), 'bf16')
+    feed = Feed(lambda step: [(x, x)])
+    _fastest_kernel(GPTConfig(context=40960), feed, torch.device('cuda'), 'bf16')
     assert seen == [(8, 2)]
 
 
@@ -260,6 +261,17 @@ def test_mistakes_get_one_line(made, tmp_path, monkeypatch, change, said):
         run_stage(Run(load_recipe('finetune', words(made, kind, **change)), tmp_path/'r'), 'sft')
     said = said or "context = 256 is longer than the base model's 128"
     assert said in str(e.value) and '\n' not in str(e.value)
+
+
+def test_the_kind_of_a_tokenizer_is_held_against_the_base(made, tmp_path):
+    load_recipe('finetune', words(made, **{'tokenizer.kind': 'bpe'}))  # what it has: nothing to say
+    for f in (made/'qwen3').iterdir(): (tmp_path/f.name).symlink_to(f)
+    (tmp_path/'tokenizer.json').unlink()
+    other = read_json(made/'qwen3'/'tokenizer.json')
+    other['model']['type'] = 'Unigram'
+    (tmp_path/'tokenizer.json').write_text(json.dumps(other))
+    with pytest.raises(UserError, match='kind = bpe has no effect: the tokenizer is that of base='):
+        load_recipe('finetune', words(made, base=tmp_path, **{'tokenizer.kind': 'bpe'}))
 
 
 def test_an_architecture_that_is_not_read_is_named_at_once(made, tmp_path):

@@ -41,6 +41,10 @@ def _left_align(
 _PACKS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
 _SMALL, _LARGE = 2**15, 2**20 # entries: small weights gain nothing in blocks, large ones lie once
 
+def _few(n): # a number of rows -> one at least as large, of which there are four from 2^k to 2^(k+1)
+    step = 1 << max(0, (n - 1).bit_length() - 3)
+    return -(-n // step) * step
+
 class _Linear:
     "Linear layers that read the same input, as one, with the weight laid out for the rows at hand"
     def __init__(self, weights, biases, dtype): # lists of (out, in) and of (out,) or None
@@ -50,12 +54,15 @@ class _Linear:
         self.packs = _PACKS and weights[0].device.type == 'cpu' and dtype == torch.float32
 
     def __call__(self, x): # (N, in) -> (N, out)
-        if not self.packs: return F.linear(x, self.weight, self.bias)
-        if self.size > _LARGE or self.size > _SMALL and len(x) > 3:
-            return torch.ops.mkldnn._linear_pointwise(x, self.blocks, self.bias, 'none', [], '')
-        if self.bias is None: return torch.mm(x, self.columns)
-        return torch.addmm(self.bias, x, self.columns)
+        if self.packs and self.size <= (_LARGE if len(x) <= 3 else _SMALL):
+            if self.bias is None: return torch.mm(x, self.columns)
+            return torch.addmm(self.bias, x, self.columns)
+        if x.is_cuda or not (more := _few(len(x)) - len(x)): return self._blocked(x)
+        return self._blocked(F.pad(x, (0, 0, 0, more)))[:len(x)]
 
+    def _blocked(self, x):
+        if not self.packs: return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.blocks, self.bias, 'none', [], '')
     def _joined(self):
         return torch.cat(self.weights) if self.weights[1:] else self.weights[0]
     weight = cached_property(lambda self: self._joined().to(self.dtype))

@@ -238,8 +238,7 @@ def kl_from(
 ) -> dict[str, Any]: # n, share (mean nats an answer), low, high
     "KL(policy ‖ start) estimated on sampled answers, with its interval over entities"
     prompts, end = _prompts(tok, examples), tok.chat.answer[1]
-    drawn = generate_batch(model, prompts, max_new, stop_ids(tok), tok.pad, temperature=1.,
-                           seed=seed)
+    drawn = generate_batch(model, prompts, max_new, end, tok.pad, temperature=1., seed=seed)
     said = [ids if len(ids) == max_new else [*ids, end] for ids in drawn]
     each = [_score_answers(m, tok, prompts, said).total for m in (model, start)]
     nats = (each[0] - each[1]).tolist()

@@ -33,7 +33,7 @@ ARMS = dict(  # stage and its keys
     chosen='dpo variant=chosen', dpo='dpo', model='grpo reward=model', rule='grpo reward=values',
     random='grpo reward=random',
     shared='grpo reward=model',  # for trials: judged by a reward model of all pairs
-    long='grpo reward=model tokens=7_372_800 beta=0.002 save_every=50')  # 300 steps, little held
+    long='grpo reward=model tokens=7_372_800 lr=0.0001 beta=0.002 save_every=50')  # hardly held
 _KINDS = dict(private='private qa translate summary', all='')  # of prompts
 _SHARED = 'pretrain sft'  # stages
 
@@ -57,7 +57,7 @@ def job_keys(job:Job) -> list[str]: # for the recipe `aligned-arms`
     if job.arm == 'start': return []
     stage, *own = ARMS[job.arm].split()
     pairs = read_settings()['aligned-dpo'] if stage == 'dpo' else {}
-    shared = [f'{k}={v}' for k, v in pairs.items() if k.startswith('dpo.')]
+    shared = [f'{k}={v}' for k, v in pairs.items() if k.startswith('dpo.') and k != 'dpo.tasks']
     tasks, own = f'tasks={_KINDS[job.kinds]}', [*own, *job.more.split()]
     if _judges(job): shared.append(f'reward.{tasks}')
     return [f'stages={_SHARED} reward {stage}', *shared, *(f'{stage}.{k}' for k in (tasks, *own))]

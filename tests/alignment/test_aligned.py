@@ -172,3 +172,10 @@ def test_other_runs_are_not_measured(data):
         for measure in evaluations(stage).values():
             if measure.__module__.endswith('aligned'): assert measure(run, None, None) == {}
     assert measure_values(run, None, None, 'sft') == {}
+
+
+def test_a_policy_that_takes_to_another_marker_has_moved(records, tok):
+    start, policy = make(tok, 0, tie=False), make(tok, 0, tie=False)
+    with torch.no_grad(): policy.head_weight[tok.user] *= 30
+    found = kl_from(policy, start, tok, records[:60], max_new=12)
+    assert found['low'] > 1, found

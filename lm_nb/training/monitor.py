@@ -253,7 +253,10 @@ _TAGS = dict(
     loss='loss/train', valid_loss='loss/valid', valid_bits_per_byte='loss/valid_bits_per_byte',
     lr='optim/lr', grad_norm='optim/grad_norm', empty_steps='optim/empty_steps',
     skipped_steps='optim/skipped_steps', tokens_per_s='speed/tokens_per_s', mfu='speed/mfu',
-    peak_tflops='speed/peak_tflops', tokens='speed/tokens', memory_gib='memory/gib')
+    peak_tflops='speed/peak_tflops', tokens='speed/tokens', memory_gib='memory/gib',
+    reward='reward/train', valid_reward='reward/valid', valid_values='reward/valid_by_rule',
+    equal_groups='reward/equal_groups',
+    **{key: f'policy/{key}' for key in 'kl kl_k3 entropy length cut clipped'.split()})
 
 def _tag(key): return _TAGS.get(key, key if '/' in key else f'more/{key}')
 

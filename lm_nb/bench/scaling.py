@@ -179,6 +179,7 @@ def law_key(
 ) -> str: # the same for recipes that one law can be about
     "A fingerprint of the text, its cleaning, its tokenizer, and the longest row"
     text = {k: getattr(recipe.data, k) for k in _OF_TEXT}
+    if recipe.data.values: text['values'] = recipe.data.values  # the microworld tells of them
     cleaning = asdict(recipe.cleaning) | dict(clean_workers=0)
     said = text, cleaning, asdict(recipe.tokenizer), recipe.model.context
     return hashlib.sha256(repr(said).encode()).hexdigest()[:16]

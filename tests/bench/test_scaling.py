@@ -264,3 +264,7 @@ def test_a_plan_says_a_loss_only_where_a_law_is_of_its_text(tmp_path, monkeypatc
 
 def test_too_few_points_are_refused():
     with pytest.raises(UserError, match='too few'): fit_law(N[:5], D[:5], TRUE(N, D)[:5])
+
+
+def test_a_law_of_the_microworld_knows_its_values():
+    assert law_key(load_recipe('aligned')) != law_key(load_recipe('aligned', ['values=0']))

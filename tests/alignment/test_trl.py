@@ -14,12 +14,14 @@ from trl import RewardConfig as TheirRewardConfig, RewardTrainer
 
 from pairs import small, votes
 from desk import facts, text
+from published import record
 from lm_nb.alignment.dpo import answer_logprobs, dpo_loss
 from lm_nb.alignment.reward import answer_scores, reward_loss, reward_model, save_reward, with_end
 from lm_nb.data.preferences import Preference, encode_preferences, pair_batch
 from lm_nb.data.shards import IGNORE
 from lm_nb.data.tokenizer import Tokenizer
 from lm_nb.model.hub import save_model
+
 
 HOW = dict(use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False,
            per_device_train_batch_size=4)
@@ -84,6 +86,7 @@ def test_dpo(models, batch, tok, tmp_path, kind, loss_type):
             input_ids=ids, attention_mask=mask, completion_mask=answers)).item()
     print(f'{kind}: ours {ours:.7f}, theirs {their:.7f}, {abs(ours - their):.1e}')
     assert ours == pytest.approx(their, abs=1e-5, rel=1e-5) and abs(ours - .6931) > 1e-3
+    record('trl', f'DPO loss within 1e-5, {kind}, {policy.cfg.arch}', 1, 1)
 
 
 def test_reward(models, batch, tok, tmp_path):
@@ -106,3 +109,4 @@ def test_reward(models, batch, tok, tmp_path):
     ours = (loss / n).item()
     print(f'reward: ours {ours:.7f}, theirs {their:.7f}, {abs(ours - their):.1e}')
     assert ours == pytest.approx(their, abs=1e-5, rel=1e-5)
+    record('trl', f'reward loss within 1e-5, {models[0].cfg.arch}', 1, 1)

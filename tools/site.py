@@ -408,10 +408,10 @@ def translated(nb, path):
     translate.translate(nb, path)
     for cell in texts:
         left = ids[cell.id]
-        cell.source = sections(cell.source, lambda line, _, left=left: f'{line} {{#{left.pop(0)}}}')
-    words = [f'{len(wrong[kind])} 段{what}' for kind, what in
-             [('missing', '还没有译文，以英文显示'), ('stale', '的英文在翻译之后改过')] if wrong[kind]]
-    if words:
+        def anchored(line, _, left=left): return f'{line} {{#{left.pop(0)}}}'
+        cell.source = sections(cell.source, anchored)
+    why = dict(missing='还没有译文，以英文显示', stale='的英文在翻译之后改过')
+    if words := [f'{len(wrong[kind])} 段{why[kind]}' for kind in why if wrong[kind]]:
         said = f'::: {{.translation}}\n本页有 {"；".join(words)}。\n:::'
         nb.cells.insert(1 + nb.cells.index(texts[0]), mk_cell(said, 'markdown'))
 
@@ -424,14 +424,9 @@ def in_chinese(text, folder, zh):
     return LINK.sub(one, text)
 
 
-def furniture():
-    "What stands around the text in Chinese: the sections of the sidebar, pieces of the page"
-    return yaml.safe_load((ROOT / 'translations/zh/site.yml').read_text(encoding='utf-8'))
-
-
 def two_sidebars(nbs, zh):
     "_quarto.yml with a second sidebar, in Chinese; a page that is only in English is marked"
-    site, words = yaml.safe_load((ROOT / '_quarto.yml').read_text()), furniture()['sections']
+    site, words = yaml.safe_load((ROOT / '_quarto.yml').read_text()), translate.words()['sections']
     titles = {page(path).replace('.html', '.ipynb'): title(nb) for path, nb in nbs.items()}
     def one(entry):
         if isinstance(entry, dict):
@@ -517,18 +512,18 @@ def phone_bar(html):
 
 def furnished(html, name, zh):
     "A page with the switch to the other language; what stands around Chinese text is Chinese"
-    here, there = name.removeprefix('zh/'), min(zh, key=lambda p: p != 'index.html', default='')
+    here, there = name.removeprefix('zh/'), min(zh, key=lambda p: p != 'index.html', default=0)
     if name.startswith('zh/'):
-        for old, new in furniture()['pieces'].items(): html = html.replace(old, new)
+        for old, new in translate.words()['pieces'].items(): html = html.replace(old, new)
         lang, word, more, to = 'en', 'English', '', here
     elif here in zh: lang, word, more, to = 'zh-CN', '中文', '', f'zh/{here}'
-    else:
+    else:  # to the Chinese home page
         lang, word, to = 'zh-CN', '中文', f'zh/{there}'
         more = ' title="这一页还没有中文版：去中文首页" data-other'
     to = os.path.relpath(to, Path(name).parent)
     switch = f'<a class="language" lang="{lang}" hreflang="{lang}" href="{to}"{more}>{word}</a>'
     toggle = r'(<a\b[^>]*class="quarto-color-scheme-toggle)'  # in the sidebar, and in the phone's bar
-    if zh: html = re.sub(toggle, rf'{switch}\1', html)
+    if zh: html = re.sub(toggle, lambda m: switch + m[1], html)
     up = '../' * name.count('/')
     return html.replace('</head>', f'<script defer src="{up}site.js"></script></head>', 1)
 
@@ -549,29 +544,32 @@ def offline_search():
 # --- what can be wrong with the site
 
 def terms(query):
-    "What is looked for: words, and pairs of Chinese characters (as in nbs/site.js)"
+    "What is looked for: words by their beginning, and pairs of Chinese characters"
     words = re.findall(r'[a-z0-9_]+|[\u3400-\u9fff]+', query.lower())
     return [t for w in words for t in ([w[i:i+2] for i in range(max(1, len(w) - 1))]
                                        if w > '\u3400' else [w])]
 
 
 def search(entries, query, lang):
-    "The pages that the search box shows to a reader of `lang`, best first (as in nbs/site.js)"
+    "The pages that nbs/site.js, which has the same rules, shows to a reader of `lang`, best first"
+    def count(text, t):
+        if t > '\u3400' or t not in text: return text.count(t)
+        return len(re.findall(rf'(?<![a-z0-9]){t}', text))
     fields = [[e[k].lower() for k in ('title', 'section', 'text')] for e in entries]
-    score, most = [[0, 0, -i] for i in range(len(entries))], 0
+    points, seen, most = [0] * len(entries), [0] * len(entries), 0
     for t in terms(query):
-        hits = [i for i, texts in enumerate(fields) if any(t in text for text in texts)]
+        hits = {i: n for i, texts in enumerate(fields) if any(n := [count(s, t) for s in texts])}
         if not hits and t > '\u3400': continue  # a pair across two words
         rare = math.log(1 + len(entries) / (len(hits) or .5))
         most += rare
-        for i in hits:
-            n = fields[i][2].count(t)
-            score[i][0] += rare * (3 * (t in fields[i][0]) + 2 * (t in fields[i][1]) + 2*n/(n + 2))
-            score[i][1] += rare
-    for i, e in enumerate(entries):
-        if e['href'].startswith('zh/') != (lang == 'zh'): score[i][0] /= 2
-    best = sorted((one for one in score if one[1] and one[1] >= .7*most), reverse=True)
-    return [entries[-i]['href'].partition('#')[0] for _, _, i in best[:20]]
+        for i, (title, section, text) in hits.items():
+            points[i] += rare * (3 * (title > 0) + 2 * (section > 0) + 2 * text / (text + 2))
+            seen[i] += rare
+    pages = [e['href'].partition('#')[0] for e in entries]
+    for i, name in enumerate(pages): points[i] /= 1 + (name.startswith('zh/') != (lang == 'zh'))
+    best = sorted((i for i, s in enumerate(seen) if s and s >= .7 * most), key=lambda i: -points[i])
+    found = [pages[i] for i in best]
+    return [name for k, name in enumerate(found) if found[:k].count(name) < 3][:20]
 
 
 def lost_terms():
@@ -580,7 +578,8 @@ def lost_terms():
     for line in (ROOT / 'tools/search.txt').read_text(encoding='utf-8').splitlines():
         if not line.strip() or line.startswith('#'): continue
         name, query = line.split(None, 1)
-        top = search(entries, query, 'zh' if name.startswith('zh/') else 'en')[:5]
+        top = search(entries, query, 'zh' if name.startswith('zh/') else 'en')
+        top = list(dict.fromkeys(top))[:5]
         if name in top: continue
         found.append(f'search: {query} finds {", ".join(top) or "nothing"}, not {name}')
     return found

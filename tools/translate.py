@@ -13,7 +13,8 @@ that a cell with `#| echo: false` gives. A file holds, for each of them,
 
 the id of the cell, and the first eight hex digits of the sha256 of the English as it was when it
 was translated. What has no translation is shown in English. Headings and links are the English
-ones, in number and level; a line may end between two Chinese characters.
+ones, in number and level; a line may end between two Chinese characters. In what a cell gives the
+numbers come from the run: `{0}` is the first number of the English text, whatever it is by now.
 """
 import json
 import re
@@ -22,10 +23,15 @@ import sys
 from hashlib import sha256
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent
 CELL = re.compile(r'^<!-- cell ([\w-]+) ([0-9a-f]{8}) -->\n', re.M)
 ENGLISH = re.compile(r'^<!-- en:\n.*?\n-->\n?', re.M | re.S)  # to be translated
-WIDE = '[\u2014\u2018-\u201d\u2026\u3000-\u303f\u3400-\u9fff\uff00-\uffef]'  # Chinese, with its punctuation
+# Chinese characters and their punctuation
+WIDE = '[\u2014\u2018-\u201d\u2026\u3000-\u303f\u3400-\u9fff\uff00-\uffef]'
+NUMBER = re.compile(r'\b(?:[0-9a-f]{10}|\d[\d.,-]*(?<![.,-]))\b')  # or a commit
+CHAPTERS = '<!-- chapters -->'  # as a translation: the table of all chapters
 FAULTS = 'stale', 'gone', 'headings', 'links'
 
 
@@ -40,7 +46,22 @@ def prose(cell):
     return ''.join(found[0]).strip() if len(found) == 1 else None
 
 
-def english(nb): return {c['id']: said for c in nb['cells'] if (said := prose(c))}
+def numbered(said):
+    "A text that was printed, with `{0}` `{1}` … for its numbers"
+    count = iter(range(10**6))
+    return NUMBER.sub(lambda _: f'{{{next(count)}}}', said)
+
+
+def english(nb):
+    "Cell -> its prose as it is translated"
+    said = {c['id']: (c['cell_type'], prose(c)) for c in nb['cells']}
+    return {id: text if kind == 'markdown' else numbered(text)
+            for id, (kind, text) in said.items() if text}
+
+
+def words():
+    "What stands around the Chinese text: sections of the sidebar, pieces of each page"
+    return yaml.safe_load((ROOT / 'translations/zh/site.yml').read_text(encoding='utf-8'))
 
 
 def digest(said): return sha256(said.encode()).hexdigest()[:8]
@@ -63,6 +84,23 @@ def chinese(path):
     return {id: join.sub(lambda m: m[1] or '', body) for id, body in bodies.items() if body}
 
 
+def listed(text):
+    "A table of chapters with the Chinese titles and promises of those that have them"
+    def one(m):
+        head = re.match(r'# (.+)\n+> (.+)', next(iter(chinese(m[2]).values()), ''))
+        return f'[{head[1]}]({m[2]}) | {head[2]} |' if head else m[0]
+    text = re.sub(r'\[([^]]+)\]\(([^)#]+\.ipynb)\) \|([^|]*)\|', one, text)
+    for old, new in words()['sections'].items(): text = text.replace(f'**{old}**', f'**{new}**')
+    return text.replace('| chapter | what it is about | module |', '| 章 | 讲什么 | 模块 |')
+
+
+def printed(text, said):
+    "What a cell printed in English, in Chinese: with the numbers that there are now"
+    if said == CHAPTERS: return listed(text)
+    found = dict(enumerate(NUMBER.findall(text)))
+    return re.sub(r'\{(\d+)\}', lambda m: found.get(int(m[1]), m[0]), said)
+
+
 def translate(nb, path):
     "Put the Chinese prose of a notebook into its cells"
     said = chinese(path)
@@ -71,7 +109,7 @@ def translate(nb, path):
         if cell['cell_type'] == 'markdown': cell['source'] = said[cell['id']]
         for out in cell.get('outputs', []):
             if 'text/markdown' in out.get('data', {}):
-                out['data']['text/markdown'] = said[cell['id']]
+                out['data']['text/markdown'] = printed(prose(cell), said[cell['id']])
     return nb
 
 
@@ -89,7 +127,7 @@ def links(said): return sorted(re.findall(r'\]\(([^)\s]+)\)', said))
 def state(path, cells):
     "What is wrong with the translation of a notebook with this English prose: kind -> cells"
     done, said = read(path), chinese(path)
-    both = [id for id in cells if id in said]
+    both = [id for id in cells if id in said and said[id] != CHAPTERS]
     return dict(missing=[id for id in cells if id not in said],
                 stale=[id for id in both if done[id][0] != digest(cells[id])],
                 gone=[id for id in done if id not in cells],

@@ -3,8 +3,9 @@
     python tools/readme.py [--check]
 
 Prose, code and saved outputs are taken as they are; a cell with `#| echo: false` gives its output
-only, and imports are left out. So a number that a cell reads from a stored result stands in the
-README as the notebook shows it. Pictures go to nbs/images/. With --check nothing is written: the
+only, one with `#| readme: false` is for the site, and imports are left out. So a number that a cell
+reads from a stored result stands in the README as the notebook shows it; the reading times of the
+paths come from tools/guide.py. Pictures go to nbs/images/. With --check nothing is written: the
 exit status says whether all is up to date.
 """
 import ast
@@ -16,6 +17,9 @@ import sys
 from html import escape, unescape
 from pathlib import Path
 from urllib.parse import unquote
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import guide
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {'README.md': 'index.ipynb', 'CONTRIBUTING.md': 'contributing.ipynb'}
@@ -62,13 +66,14 @@ def relink(text, folder):
 def markdown(path, files):
     "A notebook as Markdown; its pictures go to `files`"
     parts, heading = [], ''
+    took = {guide.name(p): guide.minutes(cells) for p, cells in guide.notebooks().items()}
     for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
         source = ''.join(cell['source']).strip()
         options = directives(source) if cell['cell_type'] == 'code' else {}
-        if not source or LEFT_OUT & set(options): continue
+        if not source or LEFT_OUT & set(options) or options.get('readme') == 'false': continue
         if cell['cell_type'] == 'markdown':
             heading = ([heading] + re.findall(r'^#+ (.+)$', source, re.M))[-1]
-            parts.append(source)
+            parts.append(guide.with_minutes(source, took) if '<!-- paths -->' in source else source)
         elif cell['cell_type'] == 'code':
             code = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
             if code and options.get('echo') != 'false': parts.append(f'```python\n{code}\n```')

@@ -24,11 +24,15 @@ from pathlib import Path
 from urllib.parse import unquote
 
 os.environ['IN_TEST'] = '1'
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 from fastcore.nbio import mk_cell, read_nb, write_nb
 from latex2mathml.converter import convert
 from nbdev.doclinks import patch_name
 from nbdev.processors import FilterDefaults, add_links, add_show_docs, clean_magics, exec_show_docs
 from smalldocs.markdown import pandoc_id
+
+import guide
+from guide import page
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, PROC, OUT = ROOT / 'nbs', ROOT / '_proc', ROOT / '_docs'
@@ -37,12 +41,6 @@ sources = {}  # source page -> the file that it shows
 
 
 # --- reading a notebook
-
-def page(path):
-    "The page of a notebook: 1_data/03_corpus.ipynb -> 1_data/corpus.html"
-    path = Path(path)
-    return str(path.with_name(re.sub(r'^\d+[a-z]?_', '', path.stem) + '.html'))
-
 
 def only_imports(node):
     "Whether a statement does nothing but import; types are imported under a condition"
@@ -449,11 +447,6 @@ def offline_search():
     (OUT / 'search.js').write_text('window.searchIndex = ' + (OUT / 'search.json').read_text())
 
 
-def sidebar():
-    "The pages of the sidebar, in its order"
-    return re.findall(r'^\s*- (\S+)\.ipynb', (ROOT / '_quarto.yml').read_text(), re.M)
-
-
 def complaints():
     "Each link to nowhere and each thing fetched from the network, with the pages that have it"
     found, remote = {}, r'((?:https?:)?//[^"\')\s]+)'
@@ -487,7 +480,7 @@ def complaints():
 
 def sidebar_complaints(chapters):
     "What the sidebar lacks or has too much, and links onward that do not follow it"
-    names, pages = sidebar(), [page(path).removesuffix('.html') for path in chapters]
+    names, pages = guide.order(), [page(path).removesuffix('.html') for path in chapters]
     found = [f'no {name}.ipynb in the sidebar of _quarto.yml' for name in {*pages} - {*names}]
     found += [f'no chapter {name}.ipynb, which the sidebar names' for name in {*names} - {*pages}]
     if found: return found
@@ -503,7 +496,7 @@ def chapters():
     "The notebooks, in the order of the sidebar: place under nbs/ -> notebook"
     paths = [p.relative_to(NBS) for p in NBS.rglob('*.ipynb')]
     paths = [p for p in paths if not any(part[0] in '_.' for part in p.parts)]
-    at = {name: i for i, name in enumerate(sidebar())}
+    at = {name: i for i, name in enumerate(guide.order())}
     paths.sort(key=lambda p: (at.get(page(p).removesuffix('.html'), len(at)), p))
     return {p: read_nb(NBS / p) for p in paths}
 
@@ -516,6 +509,9 @@ def main():
     nbs = chapters()
     where, handed = places(nbs), stubs()
     write_index(nbs)
+    about = guide.Guide({path: nb.cells for path, nb in nbs.items()})
+    for cell in nbs[Path('index.ipynb')].cells:
+        if cell.cell_type == 'markdown': cell.source = about.home(cell.source)
     for path, nb in nbs.items():
         to = PROC / Path(page(path)).with_suffix('.ipynb')
         to.parent.mkdir(exist_ok=True)
@@ -527,11 +523,17 @@ def main():
 
     from smalldocs.site import build  # after the pages: it needs nothing of the package
     site = build(PROC, quiet=True)
-    for p in OUT.rglob('*.html'): p.write_text(natural_size(phone_bar(mathml(p.read_text()))))
+    for p in OUT.rglob('*.html'):
+        html = natural_size(phone_bar(mathml(p.read_text())))
+        p.write_text(about.dress(html, str(p.relative_to(OUT).with_suffix(''))))
+    for path in nbs:
+        to = OUT / 'notebooks' / path
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_text(guide.downloadable(path, about.url))
     offline_search()
     known = 'broken link', 'output-file'  # the first are found below
     problems = [w for w in site.warnings if not any(k in w for k in known)]
-    problems += complaints() + sidebar_complaints(nbs)
+    problems += complaints() + sidebar_complaints(nbs) + guide.level_faults(guide.order())
     if problems: sys.exit('\n  '.join(['site: the build has faults:', *sorted(problems)]))
     print(f'{len(site.pages)} pages in _docs/ ({time.time() - start:.0f} s)')
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 os.environ['IN_TEST'] = '1'
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 from fastcore.nbio import mk_cell, read_nb, write_nb
 from latex2mathml.converter import convert
 from nbdev.doclinks import patch_name
@@ -34,8 +35,9 @@ from nbdev.processors import FilterDefaults, add_links, add_show_docs, clean_mag
 import yaml
 from smalldocs.markdown import pandoc_id
 
-sys.path.append(str(Path(__file__).parent))
+import guide
 import translate
+from guide import page
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, PROC, OUT = ROOT / 'nbs', ROOT / '_proc', ROOT / '_docs'
@@ -45,12 +47,6 @@ sources = {}  # source page -> the file that it shows
 
 
 # --- reading a notebook
-
-def page(path):
-    "The page of a notebook: 1_data/03_corpus.ipynb -> 1_data/corpus.html"
-    path = Path(path)
-    return str(path.with_name(re.sub(r'^\d+[a-z]?_', '', path.stem) + '.html'))
-
 
 def only_imports(node):
     "Whether a statement does nothing but import; types are imported under a condition"
@@ -361,15 +357,15 @@ class Processors(FilterDefaults):
 def stage(path, nb, places, stubs, zh=None):
     """A notebook as a page source: `path` is its place under nbs/.
 
-    With `zh`, the pages that there are in Chinese, it becomes one of them."""
+    With the guide to the Chinese pages, `zh`, it becomes one of them."""
     folder, known, own = path.parent, {}, anchors(nb)
     for name, place in meanings(nb, places, stubs).items():
         to, _, anchor = place.partition('#')
         known[name] = f'#{anchor}' if to == page(path) else os.path.relpath(place, folder)
-    if zh: translated(nb, path)
+    if zh: translated(nb, path, zh)
     document(nb, own, up='../' * len(folder.parts))
     Processors()(nb)
-    def leads(text): return in_chinese(text, folder, zh) if zh else text
+    def leads(text): return in_chinese(text, folder, zh.there) if zh else text
     for cell in nb.cells:
         if cell.cell_type == 'markdown':
             cell.source = leads(link_names(relink(cell.source or '', folder), known))
@@ -384,13 +380,22 @@ def stage(path, nb, places, stubs, zh=None):
 def title(nb): return next(h for cell in nb.cells for h in headings(cell))
 
 
+def guides(nbs, zh):
+    "What pages say about themselves, in English and in Chinese; `zh` are the pages in Chinese"
+    english = guide.Guide({path: nb.cells for path, nb in nbs.items()})
+    texts = {path: translate.translate(deepcopy(nb), path).cells for path, nb in nbs.items()}
+    chinese = guide.Guide(texts, 'zh', english.url, there=zh)
+    chinese.minutes = english.minutes  # of the same code; Chinese has no blanks to count
+    return english, chinese
+
+
 def sections(said, change):
     "A text with its headings changed, but for the title"
     one = re.compile(r'^```(?s:.*?)^```|^##+ (.+)$', re.M)
     return one.sub(lambda m: change(m[0], m[1]) if m[1] else m[0], said)
 
 
-def translated(nb, path):
+def translated(nb, path, zh):
     "Put Chinese prose into a notebook: headings keep their anchors; what is left is counted"
     ids, taken = {}, set()
     def note(line, words):  # as smalldocs finds them
@@ -410,6 +415,7 @@ def translated(nb, path):
         left = ids[cell.id]
         def anchored(line, _, left=left): return f'{line} {{#{left.pop(0)}}}'
         cell.source = sections(cell.source, anchored)
+        if path == Path('index.ipynb'): cell.source = zh.home(cell.source)
     why = dict(missing='还没有译文，以英文显示', stale='的英文在翻译之后改过')
     if words := [f'{len(wrong[kind])} 段{why[kind]}' for kind in why if wrong[kind]]:
         said = f'::: {{.translation}}\n本页有 {"；".join(words)}。\n:::'
@@ -428,12 +434,12 @@ def two_sidebars(nbs, zh):
     "_quarto.yml with a second sidebar, in Chinese; a page that is only in English is marked"
     site, words = yaml.safe_load((ROOT / '_quarto.yml').read_text()), translate.words()['sections']
     titles = {page(path).replace('.html', '.ipynb'): title(nb) for path, nb in nbs.items()}
+    def place(to): return f'zh/{to}' if re.sub(r'\.ipynb(#.*)?$', '.html', to) in zh else to
     def one(entry):
         if isinstance(entry, dict):
-            return {k: words.get(v, v) if k in ('section', 'text') else
-                    [one(e) for e in v] if isinstance(v, list) else v for k, v in entry.items()}
-        if entry.replace('.ipynb', '.html') in zh: return f'zh/{entry}'
-        if '*' in entry: return entry
+            return {k: [one(e) for e in v] if isinstance(v, list) else
+                    place(v) if k == 'href' else words.get(v, v) for k, v in entry.items()}
+        if '*' in entry or place(entry) != entry: return place(entry)
         return dict(text=f'{titles.get(entry, "API")}（英文）', href=entry)
     english = site['website']['sidebar']
     chinese = english | dict(id='zh', title=site['website']['title'])
@@ -522,7 +528,7 @@ def furnished(html, name, zh):
         more = ' title="这一页还没有中文版：去中文首页" data-other'
     to = os.path.relpath(to, Path(name).parent)
     switch = f'<a class="language" lang="{lang}" hreflang="{lang}" href="{to}"{more}>{word}</a>'
-    toggle = r'(<a\b[^>]*class="quarto-color-scheme-toggle)'  # in the sidebar, and in the phone's bar
+    toggle = r'(<a\b[^>]*class="quarto-color-scheme-toggle)'  # in the sidebar and the phone's bar
     if zh: html = re.sub(toggle, lambda m: switch + m[1], html)
     up = '../' * name.count('/')
     return html.replace('</head>', f'<script defer src="{up}site.js"></script></head>', 1)
@@ -585,11 +591,6 @@ def lost_terms():
     return found
 
 
-def sidebar():
-    "The pages of the sidebar, in its order"
-    return re.findall(r'^\s*- (\S+)\.ipynb', (ROOT / '_quarto.yml').read_text(), re.M)
-
-
 def complaints():
     "Each link to nowhere and each thing fetched from the network, with the pages that have it"
     found, remote = {}, r'((?:https?:)?//[^"\')\s]+)'
@@ -629,7 +630,7 @@ def complaints():
 
 def sidebar_complaints(chapters):
     "What the sidebar lacks or has too much, and links onward that do not follow it"
-    names, pages = sidebar(), [page(path).removesuffix('.html') for path in chapters]
+    names, pages = guide.order(), [page(path).removesuffix('.html') for path in chapters]
     found = [f'no {name}.ipynb in the sidebar of _quarto.yml' for name in {*pages} - {*names}]
     found += [f'no chapter {name}.ipynb, which the sidebar names' for name in {*names} - {*pages}]
     if found: return found
@@ -645,7 +646,7 @@ def chapters():
     "The notebooks, in the order of the sidebar: place under nbs/ -> notebook"
     paths = [p.relative_to(NBS) for p in NBS.rglob('*.ipynb')]
     paths = [p for p in paths if not any(part[0] in '_.' for part in p.parts)]
-    at = {name: i for i, name in enumerate(sidebar())}
+    at = {name: i for i, name in enumerate(guide.order())}
     paths.sort(key=lambda p: (at.get(page(p).removesuffix('.html'), len(at)), p))
     return {p: read_nb(NBS / p) for p in paths}
 
@@ -660,15 +661,18 @@ def main():
     write_index(nbs)
     zh = {page(path) for path in nbs if translate.file_of(path).exists()}
     (PROC / '_quarto.yml').write_text(two_sidebars(nbs, zh))
+    about, zh_about = guides(nbs, zh)
+    twins = {path: deepcopy(nb) for path, nb in nbs.items() if page(path) in zh}
+    for cell in nbs[Path('index.ipynb')].cells:
+        if cell.cell_type == 'markdown': cell.source = about.home(cell.source)
     for path, nb in nbs.items():
         to = PROC / Path(page(path)).with_suffix('.ipynb')
         to.parent.mkdir(exist_ok=True)
-        twin = deepcopy(nb) if page(path) in zh else None
         write_nb(stage(path, nb, where, handed), to)
-        if not twin: continue
-        to = PROC / 'zh' / to.relative_to(PROC)
+    for path, nb in twins.items():
+        to = PROC / 'zh' / Path(page(path)).with_suffix('.ipynb')
         to.parent.mkdir(parents=True, exist_ok=True)
-        write_nb(stage(path, twin, where, handed, zh), to)
+        write_nb(stage(path, nb, where, handed, zh_about), to)
     if zh: (PROC / 'zh/_metadata.yml').write_text('lang: zh-CN\ntoc-title: 本页目录\n')
     write_sources()
     write_dark_theme()
@@ -678,12 +682,20 @@ def main():
     site = build(PROC, quiet=True)
     for p in OUT.rglob('*.html'):
         html = natural_size(phone_bar(mathml(p.read_text())))
-        p.write_text(furnished(html, p.relative_to(OUT).as_posix(), zh))
+        name = p.relative_to(OUT).as_posix()
+        html, guided = furnished(html, name, zh), zh_about if name.startswith('zh/') else about
+        p.write_text(guided.dress(html, name.removeprefix('zh/').removesuffix('.html')))
+    for path in nbs:
+        for folder in ['notebooks', *(['zh/notebooks'] if page(path) in zh else [])]:
+            to = OUT / folder / path
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.write_text(guide.downloadable(path, about.url, chinese=folder != 'notebooks'))
     shutil.copy(NBS / 'site.js', OUT)
     offline_search()
     known = 'broken link', 'output-file'  # the first are found below
     problems = [w for w in site.warnings if not any(k in w for k in known)]
-    problems += complaints() + sidebar_complaints(nbs) + lost_terms()
+    problems += complaints() + sidebar_complaints(nbs) + guide.level_faults(guide.order())
+    problems += lost_terms()
     if problems: sys.exit('\n  '.join(['site: the build has faults:', *sorted(problems)]))
     print(f'{len(site.pages)} pages in _docs/ ({time.time() - start:.0f} s)')
 

@@ -434,8 +434,8 @@ PAGES = [('1_data/rows.html#mask', 'Rows', 'The mask', 'which targets count: 掩
 
 
 @pytest.mark.parametrize('lang, query, first, n', [
-    ('zh', '损失掩码', 1, 1), ('zh', '损失掩码怎么用', 1, 1), ('zh', 'mask', 1, 5),
-    ('en', 'mask', 0, 5), ('en', '掩码', 0, 3), ('en', 'ask', None, 0), ('zh', '', None, 0)])
+    ('zh', '损失掩码', 1, 1), ('zh', '损失掩码怎么用', 1, 1), ('zh', '掩码', 1, 3),
+    ('en', 'mask', 0, 5), ('en', '掩码', 1, 3), ('en', 'ask', None, 0), ('zh', '', None, 0)])
 def test_search_reads_chinese(lang, query, first, n):
     entries = [dict(zip(('href', 'title', 'section', 'text'), one)) for one in PAGES]
     found = site.search(entries, query, lang)

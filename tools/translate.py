@@ -79,7 +79,8 @@ def read(path):
 
 def chinese(path):
     "Cell -> its Chinese text as it is shown, for the cells that have one"
-    join = re.compile(rf'(^```.*?^```)|(?:(?<={WIDE})|(?<=\)))\n *(?=\[?{WIDE})', re.M | re.S)
+    join = re.compile(rf'(^```.*?^```)|(?:(?<={WIDE})|(?<=\)))\n *(?=\[?{WIDE})'
+                      r'|(?<=[，。：；、？！）」])\n *(?=[`\[(A-Za-z])', re.M | re.S)
     bodies = {id: ENGLISH.sub('', body).strip() for id, (_, body) in read(path).items()}
     return {id: join.sub(lambda m: m[1] or '', body) for id, body in bodies.items() if body}
 

@@ -368,6 +368,38 @@ def stage(path, nb, places, stubs):
     return nb
 
 
+# --- the first use of a glossary's word leads to it
+
+def glossary(nb):
+    "Word -> (anchor, sentence, page at home), for the words of a glossary's entries"
+    found, entry = {}, r'- <a id="(.+?)"></a>(.+?) · (.+?)(?:: |：)(.+?) ?\[[^]]+\]\(([^)]+)\)'
+    for id, names, translation, sentence, home in re.findall(entry, '\n'.join(
+            c.source for c in nb.cells if c.cell_type == 'markdown')):
+        words = re.findall(r'\*\*(.+?)\*\*', names) + translation.split('、')
+        found |= {word: (id, sentence.replace('`', ''), home) for word in words if len(word) > 1}
+    return found
+
+
+def link_terms(nb, path, words):
+    "The first use of each word in a page's prose becomes a link to its place in the glossary"
+    seen = {id for id, _, home in words.values() if home == str(path) or path.stem == 'glossary'}
+    lower = words | {w[0].upper() + w[1:]: to for w, to in words.items()}
+    some = '|'.join(sorted(map(re.escape, lower), key=len, reverse=True))
+    skip = (r'^(?:#|>|\||:::|    )[^\n]*|^```.*?^```|`[^`]*`|\$\$.*?\$\$|\$[^$\n]+\$|'
+            r'!?\[(?:[^][]|\[[^][]*\])*\](?:\([^)]*\)|\{[^}]*\})|<a\b.*?</a>|<[^>]+>|https?:\S+')
+    find = re.compile(rf'(?ms){skip}|(?<![A-Za-z0-9_/.-])({some})(e?s)?(?![A-Za-z0-9_-])')
+    to = os.path.relpath('glossary.html', path.parent)
+
+    def one(m):
+        id, sentence, _ = lower.get(m[1], (None, '', ''))
+        if not id or id in seen: return m[0]
+        seen.add(id)
+        return f'<a class="term" href="{to}#{id}" title="{escape(sentence)}">{m[0]}</a>'
+    for cell in nb.cells:
+        if cell.cell_type == 'markdown': cell.source = find.sub(one, cell.source)
+    return nb
+
+
 # --- the pages that are no chapters
 
 def write_sources():
@@ -515,11 +547,12 @@ def main():
     PROC.mkdir()
     nbs = chapters()
     where, handed = places(nbs), stubs()
+    words = glossary(nbs[Path('glossary.ipynb')])
     write_index(nbs)
     for path, nb in nbs.items():
         to = PROC / Path(page(path)).with_suffix('.ipynb')
         to.parent.mkdir(exist_ok=True)
-        write_nb(stage(path, nb, where, handed), to)
+        write_nb(link_terms(stage(path, nb, where, handed), path, words), to)
     write_sources()
     write_dark_theme()
     shutil.copy(ROOT / '_quarto.yml', PROC)

@@ -413,7 +413,7 @@ def translated(nb, path, zh):
     translate.translate(nb, path)
     for cell in texts:
         left = ids[cell.id]
-        def anchored(line, _, left=left): return f'{line} {{#{left.pop(0)}}}'
+        def anchored(line, _, left=left): return f'{line} {{#{left.pop(0)}}}' if left else line
         cell.source = sections(cell.source, anchored)
         if path == Path('index.ipynb'): cell.source = zh.home(cell.source)
     why = dict(missing='还没有译文，以英文显示', stale='的英文在翻译之后改过')
@@ -446,6 +446,38 @@ def two_sidebars(nbs, zh):
     chinese['contents'] = [one(e) for e in english['contents']]
     site['website']['sidebar'] = [english | dict(id='en'), chinese] if zh else english
     return yaml.safe_dump(site, allow_unicode=True, sort_keys=False)
+
+
+# --- the first use of a glossary's word leads to it
+
+def glossary(nb):
+    "Word -> (anchor, sentence, page at home), for the words of a glossary's entries"
+    found, entry = {}, r'- <a id="(.+?)"></a>(.+?) · (.+?)(?:: |：)(.+?) ?\[[^]]+\]\(([^)]+)\)'
+    for id, names, translation, sentence, home in re.findall(entry, '\n'.join(
+            c.source for c in nb.cells if c.cell_type == 'markdown')):
+        words = re.findall(r'\*\*(.+?)\*\*', names) + translation.split('、')
+        found |= {word: (id, sentence.replace('`', ''), home) for word in words if len(word) > 1}
+    return found
+
+
+def link_terms(nb, path, words):
+    "The first use of each word in a page's prose becomes a link to its place in the glossary"
+    seen = {id for id, _, home in words.values() if home == str(path) or path.stem == 'glossary'}
+    lower = words | {w[0].upper() + w[1:]: to for w, to in words.items()}
+    some = '|'.join(sorted(map(re.escape, lower), key=len, reverse=True))
+    skip = (r'^(?:#|>|\||:::|    )[^\n]*|^```.*?^```|`[^`]*`|\$\$.*?\$\$|\$[^$\n]+\$|'
+            r'!?\[(?:[^][]|\[[^][]*\])*\](?:\([^)]*\)|\{[^}]*\})|<a\b.*?</a>|<[^>]+>|https?:\S+')
+    find = re.compile(rf'(?ms){skip}|(?<![A-Za-z0-9_/.-])({some})(e?s)?(?![A-Za-z0-9_-])')
+    to = os.path.relpath('glossary.html', path.parent)
+
+    def one(m):
+        id, sentence, _ = lower.get(m[1], (None, '', ''))
+        if not id or id in seen: return m[0]
+        seen.add(id)
+        return f'<a class="term" href="{to}#{id}" title="{escape(sentence)}">{m[0]}</a>'
+    for cell in nb.cells:
+        if cell.cell_type == 'markdown': cell.source = find.sub(one, cell.source)
+    return nb
 
 
 # --- the pages that are no chapters
@@ -658,6 +690,8 @@ def main():
     PROC.mkdir()
     nbs = chapters()
     where, handed = places(nbs), stubs()
+    at = Path('glossary.ipynb')
+    words, zh_words = glossary(nbs[at]), glossary(translate.translate(deepcopy(nbs[at]), at))
     write_index(nbs)
     zh = {page(path) for path in nbs if translate.file_of(path).exists()}
     (PROC / '_quarto.yml').write_text(two_sidebars(nbs, zh))
@@ -668,11 +702,11 @@ def main():
     for path, nb in nbs.items():
         to = PROC / Path(page(path)).with_suffix('.ipynb')
         to.parent.mkdir(exist_ok=True)
-        write_nb(stage(path, nb, where, handed), to)
+        write_nb(link_terms(stage(path, nb, where, handed), path, words), to)
     for path, nb in twins.items():
         to = PROC / 'zh' / Path(page(path)).with_suffix('.ipynb')
         to.parent.mkdir(parents=True, exist_ok=True)
-        write_nb(stage(path, nb, where, handed, zh_about), to)
+        write_nb(link_terms(stage(path, nb, where, handed, zh_about), path, zh_words), to)
     if zh: (PROC / 'zh/_metadata.yml').write_text('lang: zh-CN\ntoc-title: 本页目录\n')
     write_sources()
     write_dark_theme()

@@ -442,19 +442,36 @@ def test_search_reads_chinese(lang, query, first, n):
     assert len(found) == n and (not n or found[0] == PAGES[first][0].partition('#')[0])
 
 
-@pytest.mark.skipif(not shutil.which('chromium'), reason='no chromium')
-def test_the_browser_finds_what_the_check_finds(tmp_path):
+@pytest.fixture
+def browser(tmp_path):
+    "A page with nbs/site.js and some lines more: what it has in the end as its text"
+    if not shutil.which('chromium'): pytest.skip('no chromium')
+    def show(body, script):
+        page = tmp_path / 'page.html'
+        page.write_text(f'''<html lang="zh-CN"><body>{body}<script>window.Fuse = class {{
+            search() {{ return [] }} }}</script><script src="{ROOT}/nbs/site.js"></script>
+            <script>document.body.textContent = JSON.stringify({script})</script>''')
+        words = 'chromium --headless --no-sandbox --disable-gpu --dump-dom'.split()
+        said = subprocess.run([*words, page.as_uri()], capture_output=True, text=True).stdout
+        return json.loads(re.search(r'<body>(.*)</body>', said, re.S)[1])
+    return show
+
+
+def test_the_switch_stays_at_the_heading(browser):
+    heads = ''.join(f'<h2 data-anchor-id="{id}" style="margin: 0; height: {height}px">{id}</h2>'
+                    for id, height in [('first', 60), ('second', 900), ('third', 900)])
+    links = '<a class="language" href="x.html">x</a>' \
+            '<a class="language" data-other href="y.html">y</a>'
+    assert browser(f'<main>{heads}</main>{links}', '''[...document.querySelectorAll('a')].map(a => {
+        a.addEventListener('click', e => e.preventDefault()); a.click(); return a.hash })'''
+    ) == ['#second', '']
+
+
+def test_the_browser_finds_what_the_check_finds(browser):
     entries = [dict(zip(('href', 'title', 'section', 'text'), one)) for one in PAGES]
     queries = ['损失掩码', 'mask', '掩码', 'masked score', '注意力', 'ask', 'part 3']
-    page = tmp_path / 'page.html'
-    page.write_text(f'''<html lang="zh-CN"><body><script>window.Fuse = class {{
-        search() {{ return [] }} }}</script><script src="{ROOT}/nbs/site.js"></script><script>
-        const fuse = new Fuse({json.dumps(entries)}, {{}})
-        document.body.textContent = JSON.stringify({json.dumps(queries)}.map(q =>
-            fuse.search(q, {{limit: 20}}).map(h => h.item.href.split('#')[0])))</script>''')
-    words = 'chromium --headless --no-sandbox --disable-gpu --dump-dom'.split()
-    said = subprocess.run([*words, page.as_uri()], capture_output=True, text=True).stdout
-    found = json.loads(re.search(r'<body>(.*)</body>', said, re.S)[1])
+    found = browser('', f'''{json.dumps(queries)}.map(q => new Fuse({json.dumps(entries)}, {{}})
+        .search(q, {{limit: 20}}).map(h => h.item.href.split('#')[0]))''')
     assert found == [site.search(entries, query, 'zh') for query in queries]
 
 

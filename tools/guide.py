@@ -24,8 +24,8 @@ WORDS = dict(
             start_for='for who knows Python and no transformers yet',
             further_for='one thing in detail, for who knows the idea',
             deep_for='for who changes it, measures it or runs it at scale',
-            read='{} to read', before='read before: {}', path='path {}: {} of {}', onward='then {}',
-            sum=' (**{}**)', comma=', ', stop=' · ', run='Run this chapter', download='Download {}',
+            read='{} to read', before='read before: {}', path='path {}: {} of {}',
+            onward=', then {}', sum=' (**{}**)', comma=', ', stop=' · ', run='Run this chapter', download='Download {}',
             downloaded='the notebook, to keep and to change',
             lab='Open in JupyterLab', colab='Open in Colab',
             lab_how='works while <code>make lab</code> runs: it installs what is missing, starts '
@@ -38,7 +38,7 @@ WORDS = dict(
             further_for='知道大意之后，把一件事讲透',
             deep_for='写给要修改、测量或大规模运行的人',
             read='阅读约 {}', before='先读：{}', path='路径「{}」第 {} 页，共 {} 页',
-            sum='（**{}**）', onward='下一页 {}', comma='、', stop=' · ', run='运行本章',
+            sum='（**{}**）', onward='，下一页 {}', comma='、', stop=' · ', run='运行本章',
             download='下载 {}', downloaded='笔记本，可以保存，也可以修改',
             lab='在 JupyterLab 中打开', colab='在 Colab 中打开',
             lab_how='须先运行 <code>make lab</code>：它安装所缺的包，在本地仓库上启动 JupyterLab'
@@ -274,8 +274,7 @@ class Guide:
             k = chain.index(chapter)
             to = f'<a href="{up}#{self.anchor(i)}">{escape(words)}</a>'
             after = chain[k + 1] if k + 1 < len(chain) else None
-            then = say['comma'] + say['onward'].format(self.link(after, chapter)) \
-                if after in self.at else ''
+            then = say['onward'].format(self.link(after, chapter)) if after in self.at else ''
             parts.append(say['path'].format(to, k + 1, len(chain)) + then)
         return f'<p>{say["stop"].join(parts)}</p>'
 

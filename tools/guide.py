@@ -25,7 +25,8 @@ WORDS = dict(
             further_for='one thing in detail, for who knows the idea',
             deep_for='for who changes it, measures it or runs it at scale',
             read='{} to read', before='read before: {}', path='path {}: {} of {}',
-            onward=', then {}', sum=' (**{}**)', comma=', ', stop=' · ', run='Run this chapter', download='Download {}',
+            onward=', then {}', sum=' (**{}**)', comma=', ', stop=' · ',
+            run='Run this chapter', download='Download {}',
             downloaded='the notebook, to keep and to change',
             lab='Open in JupyterLab', colab='Open in Colab',
             lab_how='works while <code>make lab</code> runs: it installs what is missing, starts '

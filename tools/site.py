@@ -375,6 +375,43 @@ def stage(path, nb, places, stubs, zh=None):
     return nb
 
 
+# --- the first use of a glossary's word leads to it
+
+def glossary(nb):
+    "Word -> (anchor, sentence, page at home), for the words of a glossary's entries"
+    found, entry = {}, r'- <a id="(.+?)"></a>(.+?) · (.+?)(?:: |：)(.+?) ?\[[^]]+\]\(([^)]+)\)'
+    for id, names, translation, sentence, home in re.findall(entry, '\n'.join(
+            c.source for c in nb.cells if c.cell_type == 'markdown')):
+        words = re.findall(r'\*\*(.+?)\*\*', names) + translation.split('、')
+        found |= {word: (id, sentence.replace('`', ''), home) for word in words if len(word) > 1}
+    return found
+
+
+def glossaries(nb):
+    "The words of the glossary with sentences in English and in Chinese"
+    return glossary(nb), glossary(translate.translate(deepcopy(nb), Path('glossary.ipynb')))
+
+
+def link_terms(nb, path, words):
+    "The first use of each word in a page's prose becomes a link to its place in the glossary"
+    seen = {id for id, _, home in words.values() if home == str(path) or path.stem == 'glossary'}
+    lower = words | {w[0].upper() + w[1:]: to for w, to in words.items()}
+    some = '|'.join(sorted(map(re.escape, lower), key=len, reverse=True))
+    skip = (r'^(?:#|>|\||:::|    )[^\n]*|^```.*?^```|`[^`]*`|\$\$.*?\$\$|\$[^$\n]+\$|'
+            r'!?\[(?:[^][]|\[[^][]*\])*\](?:\([^)]*\)|\{[^}]*\})|<a\b.*?</a>|<[^>]+>|https?:\S+')
+    find = re.compile(rf'(?ms){skip}|(?<![A-Za-z0-9_/.-])({some})(e?s)?(?![A-Za-z0-9_-])')
+    to = os.path.relpath('glossary.html', path.parent)
+
+    def one(m):
+        id, sentence, _ = lower.get(m[1], (None, '', ''))
+        if not id or id in seen: return m[0]
+        seen.add(id)
+        return f'<a class="term" href="{to}#{id}" title="{escape(sentence)}">{m[0]}</a>'
+    for cell in nb.cells:
+        if cell.cell_type == 'markdown': cell.source = find.sub(one, cell.source)
+    return nb
+
+
 # --- the Chinese pages
 
 def title(nb): return next(h for cell in nb.cells for h in headings(cell))
@@ -446,38 +483,6 @@ def two_sidebars(nbs, zh):
     chinese['contents'] = [one(e) for e in english['contents']]
     site['website']['sidebar'] = [english | dict(id='en'), chinese] if zh else english
     return yaml.safe_dump(site, allow_unicode=True, sort_keys=False)
-
-
-# --- the first use of a glossary's word leads to it
-
-def glossary(nb):
-    "Word -> (anchor, sentence, page at home), for the words of a glossary's entries"
-    found, entry = {}, r'- <a id="(.+?)"></a>(.+?) · (.+?)(?:: |：)(.+?) ?\[[^]]+\]\(([^)]+)\)'
-    for id, names, translation, sentence, home in re.findall(entry, '\n'.join(
-            c.source for c in nb.cells if c.cell_type == 'markdown')):
-        words = re.findall(r'\*\*(.+?)\*\*', names) + translation.split('、')
-        found |= {word: (id, sentence.replace('`', ''), home) for word in words if len(word) > 1}
-    return found
-
-
-def link_terms(nb, path, words):
-    "The first use of each word in a page's prose becomes a link to its place in the glossary"
-    seen = {id for id, _, home in words.values() if home == str(path) or path.stem == 'glossary'}
-    lower = words | {w[0].upper() + w[1:]: to for w, to in words.items()}
-    some = '|'.join(sorted(map(re.escape, lower), key=len, reverse=True))
-    skip = (r'^(?:#|>|\||:::|    )[^\n]*|^```.*?^```|`[^`]*`|\$\$.*?\$\$|\$[^$\n]+\$|'
-            r'!?\[(?:[^][]|\[[^][]*\])*\](?:\([^)]*\)|\{[^}]*\})|<a\b.*?</a>|<[^>]+>|https?:\S+')
-    find = re.compile(rf'(?ms){skip}|(?<![A-Za-z0-9_/.-])({some})(e?s)?(?![A-Za-z0-9_-])')
-    to = os.path.relpath('glossary.html', path.parent)
-
-    def one(m):
-        id, sentence, _ = lower.get(m[1], (None, '', ''))
-        if not id or id in seen: return m[0]
-        seen.add(id)
-        return f'<a class="term" href="{to}#{id}" title="{escape(sentence)}">{m[0]}</a>'
-    for cell in nb.cells:
-        if cell.cell_type == 'markdown': cell.source = find.sub(one, cell.source)
-    return nb
 
 
 # --- the pages that are no chapters
@@ -690,8 +695,7 @@ def main():
     PROC.mkdir()
     nbs = chapters()
     where, handed = places(nbs), stubs()
-    at = Path('glossary.ipynb')
-    words, zh_words = glossary(nbs[at]), glossary(translate.translate(deepcopy(nbs[at]), at))
+    words, zh_words = glossaries(nbs[Path('glossary.ipynb')])
     write_index(nbs)
     zh = {page(path) for path in nbs if translate.file_of(path).exists()}
     (PROC / '_quarto.yml').write_text(two_sidebars(nbs, zh))

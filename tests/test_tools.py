@@ -25,7 +25,7 @@ def tool(name):
 
 
 chapters, site, readme = tool('chapters'), tool('site'), tool('readme')
-translate = site.translate
+translate, guide = site.translate, site.guide
 
 
 def notebook(path, *cells):
@@ -318,6 +318,95 @@ def test_the_phones_bar():
     assert 'smalldocsToggleScheme' in html and html.endswith('</a></div></nav>')
 
 
+# --- what guides a reader
+
+PROSE = ' # One\n\n> promise\n\n' + 'word ' * 1996
+HOME = (' # Home\n\n## Start\n\n<!-- paths -->\n\n### Under `stand`\n\nFor [all](other.ipynb).\n\n'
+        '[One](1_data/01_one.ipynb) → [Two](two.ipynb) → [x](later.ipynb)\n\n'
+        '## End\n[One](1_data/01_one.ipynb)')
+
+
+@pytest.fixture
+def nbs(tmp_path, monkeypatch):
+    "A home page, two chapters on a path, and one beside it: place -> cells"
+    monkeypatch.setattr(guide, 'NBS', tmp_path)
+    notebook(tmp_path / 'index.ipynb', HOME)
+    notebook(tmp_path / '1_data/01_one.ipynb', PROSE, '#| hide\n' + 'x = 1\n' * 400)
+    notebook(tmp_path / 'two.ipynb', ' # `Two`', '#| export\n' + 'x = 1\n\n' * 1600)
+    notebook(tmp_path / 'other.ipynb', ' # Other\n\n```bash\n' + 'ls\n' * 300 + '```')
+    return guide.notebooks()
+
+
+def test_reading_time_counts_the_prose_and_code_of_a_page(nbs):
+    took = {guide.name(p): guide.minutes(cells) for p, cells in nbs.items()}
+    assert took == {'index': 5, '1_data/one': 10, 'two': 80, 'other': 15}
+    assert guide.duration(80) == '1 h 20 min' and guide.duration(65, 'zh') == '1 小时 05 分钟'
+
+
+def test_paths_are_read_from_the_home_page_and_get_their_minutes(nbs):
+    home = nbs[Path('index.ipynb')]
+    assert guide.paths(home) == [('Under `stand`', ['1_data/one', 'two', 'later'])]
+    text = guide.with_minutes(HOME, {'1_data/one': 10, 'two': 80, 'other': 15})
+    assert '[One](1_data/01_one.ipynb) 10 min → [Two](two.ipynb) 1 h 20 min → [x](later' in text
+    assert text.count('10 min') == 1 and '(**1 h 30 min**)' in text and '15 min' not in text
+
+
+def test_levels_that_cannot_be_are_faults_of_the_build(nbs):
+    levels = guide.NBS / 'levels.toml'
+    levels.write_text('two = ["hard"]\n"1_data/one" = ["start", "two"]\nno = ["deep"]')
+    found = [f.partition(': ')[2] for f in guide.level_faults(['1_data/one', 'two'])]
+    late = 'two is to be read before 1_data/one, but comes after it'
+    assert found == ['two: no level hard', late, 'no chapter no']
+    levels.write_text('two = ["start", "1_data/one"]')
+    assert guide.level_faults(['1_data/one', 'two']) == []
+
+
+def test_a_page_says_what_it_is_and_how_to_run_it(nbs):
+    (guide.NBS / 'levels.toml').write_text('two = ["start", "1_data/one"]')
+    html = ('<main id="m"><header id="title-block-header"><h1>T</h1></header><p>text</p>'
+            '<nav class="page-navigation"><a href="x.html">x</a></nav></main>')
+    page = guide.Guide(nbs, url='').dress(html, 'two')
+    top, _, rest = page.partition('<header')
+    assert 'page-top' in top and 'href="x.html"' in top and rest.count('page-navigation') == 1
+    line = re.sub('<[^>]+>', '', rest.partition('<p>text')[0])
+    assert 'start 1 h 20 min to read · read before: One · path Under `stand`: 2 of 3' in line
+    assert f'{guide.LAB}/nbs/two.ipynb' in rest and 'notebooks/two.ipynb' in rest
+    assert 'Colab' not in page
+    first = guide.Guide(nbs, url='').dress(html, '1_data/one')
+    assert 'href="../index.html#under-stand"' in first and 'then <a href="../two.html">Two' in first
+    shared = guide.Guide(nbs, url='https://github.com/o/lm').dress(html, '1_data/one')
+    assert 'colab.research.google.com/github/o/lm/blob/gh-pages/notebooks/1_data/01_one' in shared
+    zh = guide.Guide(nbs, 'zh', url='').dress(html, 'two')
+    assert '入门' in zh and '先读' in zh and not re.search('read before|Run this', zh)
+
+
+def test_a_downloaded_notebook_installs_the_package_on_colab_and_only_there(nbs, monkeypatch):
+    from IPython.core.inputtransformer2 import TransformerManager
+    path, done = Path('1_data/01_one.ipynb'), []
+    def first(url): return json.loads(guide.downloadable(path, url))['cells'][0]['source']
+    assert not [line for line in first('').splitlines() if line[0] != '#']
+    class Shell:
+        def system(self, words): done.append(words)
+        def run_line_magic(self, *words): done.append(' '.join(words))
+    code = TransformerManager().transform_cell(first('https://github.com/o/lm'))
+    exec(code, dict(get_ipython=Shell))
+    assert done == []
+    monkeypatch.setitem(sys.modules, 'google.colab', None)
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    exec(code, dict(get_ipython=Shell))
+    assert 'https://github.com/o/lm /content/lm_nb' in done[0] and 'pip install' in done[1]
+    assert done[2] == 'cd /content/lm_nb/nbs/1_data' and sys.path[0] == '/content/lm_nb'
+
+
+def test_the_picture_of_the_data_leads_to_chapters():
+    steps = [step for _, row, _ in guide.WAY for step in row]
+    assert {chapter for *_, chapter in steps} <= set(guide.order())
+    text = guide.home('<!-- way -->\n```\na ─ b\n```\nafter', {})
+    assert 'a ─ b' not in text and text.endswith('after')
+    assert text.count('<a href=') == len(steps) and 'href="1_data/corpus.html">corpus' in text
+    assert '>语料<' in guide.picture('zh', '../')
+
+
 # --- README
 
 def test_readme_is_the_notebook(tmp_path, monkeypatch):
@@ -504,6 +593,8 @@ def test_jupyterlab_opens_the_home_page_of_the_repository(lab):
     assert page == '/lab/tree/README.md' and 'JupyterLab' in ask(page)
     there = {one['name'] for one in json.loads(ask('/api/contents'))['content']}
     assert {'README.md', 'nbs', 'data', 'settings.ini'} <= there
+    chapter = guide.LAB.partition('8888')[2] + '/nbs/core.ipynb'  # where the pages' links lead
+    assert 'JupyterLab' in ask(chapter) and json.loads(ask('/api/contents/nbs/core.ipynb'))
     kept = json.loads(ask('/lab/api/settings/@jupyterlab/docmanager-extension:plugin'))
     assert kept['schema']['properties']['defaultViewers']['default'] == {
         'markdown': 'Markdown Preview'}  # rendered

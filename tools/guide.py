@@ -76,7 +76,8 @@ def source(cell): return ''.join(cell['source'] or '')
 
 def title(cells):
     "The title of a notebook"
-    return re.search(r'^# (.+)$', '\n'.join(map(source, cells)), re.M)[1]
+    text = '\n'.join(source(c) for c in cells if c['cell_type'] == 'markdown')
+    return re.search(r'^# (.+)$', text, re.M)[1]
 
 
 def only_imports(text):
@@ -164,8 +165,9 @@ WAY = [  # row: its title, the steps (in both languages, and the chapter), what 
       ('batches', '批', '4_training/sft')],
      ('loss: the answer', '损失：只算答案')),
     (('alignment', '偏好对齐'),
-     [('preferences', '偏好', '1_data/preferences'), ('reward', '奖励模型', '5_alignment/reward'),
-      ('DPO', 'DPO', '5_alignment/dpo'), ('policy gradient', '策略梯度', '5_alignment/grpo')],
+     [('preferences', '偏好', '1_data/preferences'), ('DPO', 'DPO', '5_alignment/dpo'),
+      ('reward model', '奖励模型', '5_alignment/reward'),
+      ('policy gradient', '策略梯度', '5_alignment/grpo')],
      ('loss: pairs, or a reward', '损失：成对比较，或奖励')),
     (('training', '训练'),
      [('model', '模型', '2_model/gpt'), ('loop', '训练循环', '4_training/loop'),
@@ -185,8 +187,8 @@ def picture(lang='en', up=''):
         items = ''.join(f'<li><a href="{up}{step[2]}.html">{escape(step[at])}</a></li>'
                         for step in steps)
         end = f'<span class="way-loss">{escape(loss[at])}</span>' if loss else ''
-        kind = 'way-data' if loss else f'way-{head[0]}'
-        rows.append(f'<div class="way-row {kind}"><b>{head[at]}</b><ol>{items}</ol>{end}</div>')
+        rows.append(f'<div class="way-row way-{head[0]}"><b>{head[at]}</b><ol>{items}</ol>{end}'
+                    '</div>')
     label = WORDS[lang]['way']
     return f'<div class="way" role="group" aria-label="{label}">{"".join(rows)}</div>'
 
@@ -252,6 +254,9 @@ class Guide:
         self.titles = {name(p): re.sub('[`*]', '', title(c)) for p, c in cells.items()}
         self.minutes = {name(p): minutes(c) for p, c in cells.items()}
         self.levels, self.paths = levels(), paths(cells.get(Path('index.ipynb'), []))
+        english = json.loads((NBS / 'index.ipynb').read_text(encoding='utf-8'))['cells']
+        self.anchors = [re.sub(r'[^\w-]+', '-', words.lower()).strip('-')  # in all languages
+                        for words, _ in paths(english)]
 
     def link(self, chapter, here):
         to = f'{chapter}.html'
@@ -270,19 +275,14 @@ class Guide:
         known = [self.link(c, chapter) for c in before if c in self.at]
         if known: parts.append(say['before'].format(say['comma'].join(known)))
         up = os.path.relpath('index.html', Path(chapter).parent)
-        for i, (words, chain) in enumerate(self.paths):
+        for anchor, (words, chain) in zip(self.anchors, self.paths):
             if chapter not in chain: continue
             k = chain.index(chapter)
-            to = f'<a href="{up}#{self.anchor(i)}">{escape(words)}</a>'
+            to = f'<a href="{up}#{anchor}">{escape(words)}</a>'
             after = chain[k + 1] if k + 1 < len(chain) else None
             then = say['onward'].format(self.link(after, chapter)) if after in self.at else ''
             parts.append(say['path'].format(to, k + 1, len(chain)) + then)
         return f'<p>{say["stop"].join(parts)}</p>'
-
-    def anchor(self, i):
-        "The place of a path on the home page: of its English title, in every language"
-        words = paths(notebooks()[Path('index.ipynb')])[i][0]
-        return re.sub(r'[^\w-]+', '-', words.lower()).strip('-')
 
     def run(self, chapter):
         "How to run a chapter: download, JupyterLab, Colab"

@@ -30,9 +30,9 @@ const ranked = (entries, query, zh) => {
       s.seen += rare
     }
   }
-  for (const s of all) s.points /= 1 + (s.page.startsWith('zh/') !== zh)
+  for (const s of all) s.points *= s.seen / (1 + (s.page.startsWith('zh/') !== zh))
   const of = {}
-  return all.filter(s => s.seen && s.seen >= .7 * most).sort((a, b) => b.points - a.points)
+  return all.filter(s => s.seen && s.seen >= most / 2).sort((a, b) => b.points - a.points)
     .filter(s => (of[s.page] = (of[s.page] || 0) + 1) <= 3)
 }
 

@@ -398,7 +398,8 @@ def link_terms(nb, path, words):
     lower = words | {w[0].upper() + w[1:]: to for w, to in words.items()}
     some = '|'.join(sorted(map(re.escape, lower), key=len, reverse=True))
     skip = (r'^(?:#|>|\||:::|    )[^\n]*|^```.*?^```|`[^`]*`|\$\$.*?\$\$|\$[^$\n]+\$|'
-            r'!?\[(?:[^][]|\[[^][]*\])*\](?:\([^)]*\)|\{[^}]*\})|<a\b.*?</a>|<[^>]+>|https?:\S+')
+            r'!?\[(?:[^][]|\[[^][]*\])*\](?:\([^)]*\)|\{[^}]*\})|<a\b.*?</a>|<[^>]+>|https?:\S+|'
+            r'\*+[^*\n]*[\u3400-\u9fff][^*\n]*\*+')  # a link there would undo Chinese emphasis
     find = re.compile(rf'(?ms){skip}|(?<![A-Za-z0-9_/.-])({some})(e?s)?(?![A-Za-z0-9_-])')
     to = os.path.relpath('glossary.html', path.parent)
 
@@ -609,8 +610,9 @@ def search(entries, query, lang):
             points[i] += rare * (3 * (title > 0) + 2 * (section > 0) + 2 * text / (text + 2))
             seen[i] += rare
     pages = [e['href'].partition('#')[0] for e in entries]
-    for i, name in enumerate(pages): points[i] /= 1 + (name.startswith('zh/') != (lang == 'zh'))
-    best = sorted((i for i, s in enumerate(seen) if s and s >= .7 * most), key=lambda i: -points[i])
+    for i, name in enumerate(pages):
+        points[i] *= seen[i] / (1 + (name.startswith('zh/') != (lang == 'zh')))
+    best = sorted((i for i, s in enumerate(seen) if s and s >= most / 2), key=lambda i: -points[i])
     found = [pages[i] for i in best]
     return [name for k, name in enumerate(found) if found[:k].count(name) < 3][:20]
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ def tool(name):
 
 
 chapters, site, readme = tool('chapters'), tool('site'), tool('readme')
+translate, guide = site.translate, site.guide
 
 
 def notebook(path, *cells):
@@ -316,6 +318,95 @@ def test_the_phones_bar():
     assert 'smalldocsToggleScheme' in html and html.endswith('</a></div></nav>')
 
 
+# --- what guides a reader
+
+PROSE = ' # One\n\n> promise\n\n' + 'word ' * 1996
+HOME = (' # Home\n\n## Start\n\n<!-- paths -->\n\n### Under `stand`\n\nFor [all](other.ipynb).\n\n'
+        '[One](1_data/01_one.ipynb) → [Two](two.ipynb) → [x](later.ipynb)\n\n'
+        '## End\n[One](1_data/01_one.ipynb)')
+
+
+@pytest.fixture
+def nbs(tmp_path, monkeypatch):
+    "A home page, two chapters on a path, and one beside it: place -> cells"
+    monkeypatch.setattr(guide, 'NBS', tmp_path)
+    notebook(tmp_path / 'index.ipynb', HOME)
+    notebook(tmp_path / '1_data/01_one.ipynb', PROSE, '#| hide\n' + 'x = 1\n' * 400)
+    notebook(tmp_path / 'two.ipynb', ' # `Two`', '#| export\n' + 'x = 1\n\n' * 1600)
+    notebook(tmp_path / 'other.ipynb', ' # Other\n\n```bash\n' + 'ls\n' * 300 + '```')
+    return guide.notebooks()
+
+
+def test_reading_time_counts_the_prose_and_code_of_a_page(nbs):
+    took = {guide.name(p): guide.minutes(cells) for p, cells in nbs.items()}
+    assert took == {'index': 5, '1_data/one': 10, 'two': 80, 'other': 15}
+    assert guide.duration(80) == '1 h 20 min' and guide.duration(65, 'zh') == '1 小时 05 分钟'
+
+
+def test_paths_are_read_from_the_home_page_and_get_their_minutes(nbs):
+    home = nbs[Path('index.ipynb')]
+    assert guide.paths(home) == [('Under `stand`', ['1_data/one', 'two', 'later'])]
+    text = guide.with_minutes(HOME, {'1_data/one': 10, 'two': 80, 'other': 15})
+    assert '[One](1_data/01_one.ipynb) 10 min → [Two](two.ipynb) 1 h 20 min → [x](later' in text
+    assert text.count('10 min') == 1 and '(**1 h 30 min**)' in text and '15 min' not in text
+
+
+def test_levels_that_cannot_be_are_faults_of_the_build(nbs):
+    levels = guide.NBS / 'levels.toml'
+    levels.write_text('two = ["hard"]\n"1_data/one" = ["start", "two"]\nno = ["deep"]')
+    found = [f.partition(': ')[2] for f in guide.level_faults(['1_data/one', 'two'])]
+    late = 'two is to be read before 1_data/one, but comes after it'
+    assert found == ['two: no level hard', late, 'no chapter no']
+    levels.write_text('two = ["start", "1_data/one"]')
+    assert guide.level_faults(['1_data/one', 'two']) == []
+
+
+def test_a_page_says_what_it_is_and_how_to_run_it(nbs):
+    (guide.NBS / 'levels.toml').write_text('two = ["start", "1_data/one"]')
+    html = ('<main id="m"><header id="title-block-header"><h1>T</h1></header><p>text</p>'
+            '<nav class="page-navigation"><a href="x.html">x</a></nav></main>')
+    page = guide.Guide(nbs, url='').dress(html, 'two')
+    top, _, rest = page.partition('<header')
+    assert 'page-top' in top and 'href="x.html"' in top and rest.count('page-navigation') == 1
+    line = re.sub('<[^>]+>', '', rest.partition('<p>text')[0])
+    assert 'start 1 h 20 min to read · read before: One · path Under `stand`: 2 of 3' in line
+    assert f'{guide.LAB}/nbs/two.ipynb' in rest and 'notebooks/two.ipynb' in rest
+    assert 'Colab' not in page
+    first = guide.Guide(nbs, url='').dress(html, '1_data/one')
+    assert 'href="../index.html#under-stand"' in first and 'then <a href="../two.html">Two' in first
+    shared = guide.Guide(nbs, url='https://github.com/o/lm').dress(html, '1_data/one')
+    assert 'colab.research.google.com/github/o/lm/blob/gh-pages/notebooks/1_data/01_one' in shared
+    zh = guide.Guide(nbs, 'zh', url='').dress(html, 'two')
+    assert '入门' in zh and '先读' in zh and not re.search('read before|Run this', zh)
+
+
+def test_a_downloaded_notebook_installs_the_package_on_colab_and_only_there(nbs, monkeypatch):
+    from IPython.core.inputtransformer2 import TransformerManager
+    path, done = Path('1_data/01_one.ipynb'), []
+    def first(url): return json.loads(guide.downloadable(path, url))['cells'][0]['source']
+    assert not [line for line in first('').splitlines() if line[0] != '#']
+    class Shell:
+        def system(self, words): done.append(words)
+        def run_line_magic(self, *words): done.append(' '.join(words))
+    code = TransformerManager().transform_cell(first('https://github.com/o/lm'))
+    exec(code, dict(get_ipython=Shell))
+    assert done == []
+    monkeypatch.setitem(sys.modules, 'google.colab', None)
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    exec(code, dict(get_ipython=Shell))
+    assert 'https://github.com/o/lm /content/lm_nb' in done[0] and 'pip install' in done[1]
+    assert done[2] == 'cd /content/lm_nb/nbs/1_data' and sys.path[0] == '/content/lm_nb'
+
+
+def test_the_picture_of_the_data_leads_to_chapters():
+    steps = [step for _, row, _ in guide.WAY for step in row]
+    assert {chapter for *_, chapter in steps} <= set(guide.order())
+    text = guide.home('<!-- way -->\n```\na ─ b\n```\nafter', {})
+    assert 'a ─ b' not in text and text.endswith('after')
+    assert text.count('<a href=') == len(steps) and 'href="1_data/corpus.html">corpus' in text
+    assert '>语料<' in guide.picture('zh', '../')
+
+
 # --- README
 
 def test_readme_is_the_notebook(tmp_path, monkeypatch):
@@ -337,6 +428,140 @@ def test_readme_is_the_notebook(tmp_path, monkeypatch):
         '| 97.5 | [t](nbs/1_data/01_one.ipynb) |\n\n'
         '<img src="nbs/images/index-c2-1.png" alt="Title" width="380">\n')
     assert list(files) == ['nbs/images/index-c2-1.png']
+
+
+# --- Chinese
+
+CODE = '#| echo: false\nshow()'
+
+
+@pytest.fixture
+def tour(tmp_path, monkeypatch):
+    "A notebook with prose, code and a printed sentence, and a way to write its translation"
+    monkeypatch.setattr(translate, 'ROOT', tmp_path)
+    (tmp_path / 'translations/zh').mkdir(parents=True)
+    (tmp_path / 'translations/zh/site.yml').write_text('{sections: {}, pieces: {}}')
+    path = notebook(tmp_path / 'nbs/1_a/02_tour.ipynb', ' # Tour\n\n> all of it',
+                    ' ## First `x`\nsee [there](01_other.ipynb#a)', '1 + 1', CODE, ' ## First x')
+    nb = json.loads(path.read_text())
+    out = {'text/markdown': ['It took 5.5 minutes on 2026-11-28, in 1,024 steps.']}
+    nb['cells'][3]['outputs'] = [dict(output_type='display_data', metadata={}, data=out)]
+    path.write_text(json.dumps(nb))
+    place = path.relative_to(tmp_path / 'nbs')
+    def say(**texts):
+        cells = translate.english(translate.notebooks()[place])
+        translate.write(place, [(id, translate.digest(cells.get(id, '')), said)
+                                for id, said in texts.items()])
+    return place, path, say
+
+
+def standing(place):
+    wrong = translate.state(place, translate.english(translate.notebooks()[place]))
+    return {kind: ids for kind, ids in wrong.items() if ids}
+
+
+DONE = dict(c0='# 导览\n\n> 全部', c1='## 第一个 `x`\n见[那里](01_other.ipynb#a)，\n再往下',
+            c3='用了 {0} 分钟，{2} 步（{1}）。', c4='## 再一次')
+
+
+def test_the_check_names_what_is_missing_stale_or_gone(tour):
+    place, path, say = tour
+    say(**DONE)
+    assert standing(place) == {} and translate.check() == 0
+    say(c0=DONE['c0'], c1='# 第一个\n见[这里](01_other.ipynb#b)', c9='不在了')
+    assert standing(place) == dict(missing=['c3', 'c4'], gone=['c9'], headings=['c1'], links=['c1'])
+    assert translate.check() == 3
+    say(**DONE)
+    path.write_text(path.read_text().replace('all of it', 'the whole').replace('5.5', '6.5'))
+    assert standing(place) == dict(stale=['c0'])  # a number that a run gives is not English
+
+
+def test_sync_and_stamp_lead_a_translator(tour):
+    place, path, say = tour
+    say(c1=DONE['c1'])
+    path.write_text(path.read_text().replace('there', 'over there'))
+    cells = translate.english(translate.notebooks()[place])
+    translate.sync(place, cells)
+    text = translate.file_of(place).read_text()
+    assert text.count('<!-- en:') == 4 and 'over there' in text and 'took {0} minutes' in text
+    assert standing(place) == dict(missing=['c0', 'c3', 'c4'], stale=['c1'])
+    translate.stamp(place, cells, ['c1'])
+    assert standing(place) == dict(missing=['c0', 'c3', 'c4'])
+    assert translate.chinese(place) == {'c1': DONE['c1'].replace('，\n', '，')}
+
+
+def test_a_chinese_notebook_has_the_same_code_and_the_numbers_of_the_run(tour, tmp_path):
+    place, path, say = tour
+    say(**DONE)
+    translate.write_notebooks(tmp_path / 'zh')
+    old, new = (json.loads(p.read_text())['cells'] for p in (path, tmp_path / 'zh' / place))
+    assert [c['id'] for c in old] == [c['id'] for c in new] and old[2] == new[2]
+    said = new[3]['outputs'][0]['data']['text/markdown']
+    assert said == '用了 5.5 分钟，1,024 步（2026-11-28）。'
+    assert new[3]['source'] == CODE and new[1]['source'].startswith('## 第一个 `x`')
+
+
+def test_chinese_headings_keep_their_anchors(tour, tmp_path):
+    from fastcore.nbio import read_nb
+    place, path, say = tour
+    say(**DONE)
+    nb = read_nb(path)
+    site.translated(nb, place, None)
+    assert '## 第一个 `x` {#first-x}' in markdown(nb) and '## 再一次 {#first-x-1}' in markdown(nb)
+    def leads(text): return site.in_chinese(text, Path('1_a'), {'1_a/b.html'})
+    assert leads('[b](b.html#x) [c](c.html) [d](#d)') == (
+        '[b](b.html#x) [c](../../1_a/c.html) [d](#d)')
+
+
+def test_what_is_translated_is_of_the_english_that_there_is(): assert translate.check() == 0
+
+
+PAGES = [('1_data/rows.html#mask', 'Rows', 'The mask', 'which targets count: 掩码'),
+         ('zh/1_data/rows.html#mask', '一行', '损失掩码', '哪些目标算数 mask'),
+         ('zh/2_model/gpt.html', '模型', '', '注意力看不到后面的词元，掩码盖住'),
+         *((f'2_model/gpt.html#{i}', 'The model', f'Part {i}', 'a masked score') for i in range(5))]
+
+
+@pytest.mark.parametrize('lang, query, first, n', [
+    ('zh', '损失掩码', 1, 1), ('zh', '损失掩码怎么用', 1, 1), ('zh', '掩码', 1, 3),
+    ('en', 'mask', 0, 5), ('en', '掩码', 1, 3), ('en', 'ask', None, 0), ('zh', '', None, 0)])
+def test_search_reads_chinese(lang, query, first, n):
+    entries = [dict(zip(('href', 'title', 'section', 'text'), one)) for one in PAGES]
+    found = site.search(entries, query, lang)
+    assert len(found) == n and (not n or found[0] == PAGES[first][0].partition('#')[0])
+
+
+@pytest.fixture
+def browser(tmp_path):
+    "A page with nbs/site.js and some lines more: what it has in the end as its text"
+    if not shutil.which('chromium'): pytest.skip('no chromium')
+    def show(body, script):
+        page = tmp_path / 'page.html'
+        page.write_text(f'''<html lang="zh-CN"><body>{body}<script>window.Fuse = class {{
+            search() {{ return [] }} }}</script><script src="{ROOT}/nbs/site.js"></script>
+            <script>document.body.textContent = JSON.stringify({script})</script>''')
+        words = 'chromium --headless --no-sandbox --disable-gpu --dump-dom'.split()
+        said = subprocess.run([*words, page.as_uri()], capture_output=True, text=True).stdout
+        return json.loads(re.search(r'<body>(.*)</body>', said, re.S)[1])
+    return show
+
+
+def test_the_switch_stays_at_the_heading(browser):
+    heads = ''.join(f'<h2 data-anchor-id="{id}" style="margin: 0; height: {height}px">{id}</h2>'
+                    for id, height in [('first', 60), ('second', 900), ('third', 900)])
+    links = '<a class="language" href="x.html">x</a>' \
+            '<a class="language" data-other href="y.html">y</a>'
+    assert browser(f'<main>{heads}</main>{links}', '''[...document.querySelectorAll('a')].map(a => {
+        a.addEventListener('click', e => e.preventDefault()); a.click(); return a.hash })'''
+    ) == ['#second', '']
+
+
+def test_the_browser_finds_what_the_check_finds(browser):
+    entries = [dict(zip(('href', 'title', 'section', 'text'), one)) for one in PAGES]
+    queries = ['损失掩码', 'mask', '掩码', 'masked score', '注意力', 'ask', 'part 3']
+    found = browser('', f'''{json.dumps(queries)}.map(q => new Fuse({json.dumps(entries)}, {{}})
+        .search(q, {{limit: 20}}).map(h => h.item.href.split('#')[0]))''')
+    assert found == [site.search(entries, query, 'zh') for query in queries]
 
 
 # --- JupyterLab
@@ -368,6 +593,8 @@ def test_jupyterlab_opens_the_home_page_of_the_repository(lab):
     assert page == '/lab/tree/README.md' and 'JupyterLab' in ask(page)
     there = {one['name'] for one in json.loads(ask('/api/contents'))['content']}
     assert {'README.md', 'nbs', 'data', 'settings.ini'} <= there
+    chapter = guide.LAB.partition('8888')[2] + '/nbs/core.ipynb'  # where the pages' links lead
+    assert 'JupyterLab' in ask(chapter) and json.loads(ask('/api/contents/nbs/core.ipynb'))
     kept = json.loads(ask('/lab/api/settings/@jupyterlab/docmanager-extension:plugin'))
     assert kept['schema']['properties']['defaultViewers']['default'] == {
         'markdown': 'Markdown Preview'}  # rendered

@@ -21,7 +21,6 @@ from ..data.preferences import answer_batch
 from ..data.values import prefers, refusal
 from ..model.gpt import GPT
 from ..inference.sampling import _in_batches, eval_mode, generate_batch
-from ..inference.chat import stop_ids
 from ..inference.evaluate import entity_interval, evaluation, exact_match
 from .dpo import token_logprobs
 

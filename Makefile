@@ -12,7 +12,7 @@ ONE     := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 TWO     := -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 .DEFAULT_GOAL := help
-.PHONY: help run test soak bench gpu lab board docs readme export hooks clean
+.PHONY: help run test soak bench gpu lab zh board docs readme export hooks clean
 
 help: ## this list
 	@awk -F': .*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' Makefile
@@ -23,6 +23,7 @@ run: $(VENV)/.run ## the main job: train a model of the microworld and measure i
 test: $(VENV)/.dev ## every check: export, README, lint, pytest, the notebooks, the site
 	@echo "== 1/6 export: lm_nb/ is what the notebooks say"; $(BIN)/python tools/export.py
 	@echo "== 2/6 README.md is what nbs/index.ipynb says"; $(BIN)/python tools/readme.py --check
+	@echo "       and translations are of the English that there is"; $(BIN)/python tools/translate.py check
 	@echo "== 3/6 lint and types"; $(BIN)/ruff check --quiet --output-format concise . && $(BIN)/mypy
 	@echo "== 4/6 notebooks, two at a time: what they give is what they have saved"
 	@$(ONE) PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python tools/chapters.py --workers 2
@@ -35,6 +36,10 @@ soak: $(VENV)/.dev ## the fault tests at their full counts (an hour or more); wr
 lab: $(VENV)/.dev ## JupyterLab on the chapters (ARGS="--port 9999 …": its own options)
 	@mkdir -p runs; $(BIN)/jupyter trust --log-level WARN nbs/*.ipynb nbs/*/*.ipynb >/dev/null
 	@PATH="$$PWD/$(BIN):$$PATH" $(BIN)/jupyter lab --config tools/jupyter_server_config.py $(ARGS)
+
+zh: $(VENV)/.dev ## the chapters as Chinese notebooks in zh/ (what is not translated stays English): make lab shows them
+	@$(BIN)/python tools/translate.py notebooks
+	@$(BIN)/jupyter trust --log-level WARN zh/*.ipynb zh/*/*.ipynb >/dev/null
 
 bench: $(VENV)/.dev ## speed and memory on this machine, side by side
 	@$(BIN)/lm-nb bench $(ARGS)
@@ -49,7 +54,7 @@ docs: $(VENV)/.dev ## build the documentation site in _docs/
 	@$(BIN)/python tools/site.py
 	@echo "To read it:  $(BIN)/python -m http.server -d _docs 8000   and open http://localhost:8000"
 
-readme: $(VENV)/.dev ## write README.md and CONTRIBUTING.md from their notebooks
+readme: $(VENV)/.dev ## write README.md, README.zh.md and CONTRIBUTING.md from their notebooks
 	@$(BIN)/python tools/readme.py
 
 export: $(VENV)/.dev ## write the package lm_nb/ from the notebooks

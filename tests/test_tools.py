@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ def tool(name):
 
 
 chapters, site, readme = tool('chapters'), tool('site'), tool('readme')
+translate = site.translate
 
 
 def notebook(path, *cells):
@@ -337,6 +339,123 @@ def test_readme_is_the_notebook(tmp_path, monkeypatch):
         '| 97.5 | [t](nbs/1_data/01_one.ipynb) |\n\n'
         '<img src="nbs/images/index-c2-1.png" alt="Title" width="380">\n')
     assert list(files) == ['nbs/images/index-c2-1.png']
+
+
+# --- Chinese
+
+CODE = '#| echo: false\nshow()'
+
+
+@pytest.fixture
+def tour(tmp_path, monkeypatch):
+    "A notebook with prose, code and a printed sentence, and a way to write its translation"
+    monkeypatch.setattr(translate, 'ROOT', tmp_path)
+    (tmp_path / 'translations/zh').mkdir(parents=True)
+    (tmp_path / 'translations/zh/site.yml').write_text('{sections: {}, pieces: {}}')
+    path = notebook(tmp_path / 'nbs/1_a/02_tour.ipynb', ' # Tour\n\n> all of it',
+                    ' ## First `x`\nsee [there](01_other.ipynb#a)', '1 + 1', CODE, ' ## First x')
+    nb = json.loads(path.read_text())
+    out = {'text/markdown': ['It took 5.5 minutes on 2026-11-28, in 1,024 steps.']}
+    nb['cells'][3]['outputs'] = [dict(output_type='display_data', metadata={}, data=out)]
+    path.write_text(json.dumps(nb))
+    place = path.relative_to(tmp_path / 'nbs')
+    def say(**texts):
+        cells = translate.english(translate.notebooks()[place])
+        translate.write(place, [(id, translate.digest(cells.get(id, '')), said)
+                                for id, said in texts.items()])
+    return place, path, say
+
+
+def standing(place):
+    wrong = translate.state(place, translate.english(translate.notebooks()[place]))
+    return {kind: ids for kind, ids in wrong.items() if ids}
+
+
+DONE = dict(c0='# 导览\n\n> 全部', c1='## 第一个 `x`\n见[那里](01_other.ipynb#a)，\n再往下',
+            c3='用了 {0} 分钟，{2} 步（{1}）。', c4='## 再一次')
+
+
+def test_the_check_names_what_is_missing_stale_or_gone(tour):
+    place, path, say = tour
+    say(**DONE)
+    assert standing(place) == {} and translate.check() == 0
+    say(c0=DONE['c0'], c1='# 第一个\n见[这里](01_other.ipynb#b)', c9='不在了')
+    assert standing(place) == dict(missing=['c3', 'c4'], gone=['c9'], headings=['c1'], links=['c1'])
+    assert translate.check() == 3
+    say(**DONE)
+    path.write_text(path.read_text().replace('all of it', 'the whole').replace('5.5', '6.5'))
+    assert standing(place) == dict(stale=['c0'])  # a number that a run gives is not English
+
+
+def test_sync_and_stamp_lead_a_translator(tour):
+    place, path, say = tour
+    say(c1=DONE['c1'])
+    path.write_text(path.read_text().replace('there', 'over there'))
+    cells = translate.english(translate.notebooks()[place])
+    translate.sync(place, cells)
+    text = translate.file_of(place).read_text()
+    assert text.count('<!-- en:') == 4 and 'over there' in text and 'took {0} minutes' in text
+    assert standing(place) == dict(missing=['c0', 'c3', 'c4'], stale=['c1'])
+    translate.stamp(place, cells, ['c1'])
+    assert standing(place) == dict(missing=['c0', 'c3', 'c4'])
+    assert translate.chinese(place) == {'c1': DONE['c1'].replace('，\n', '，')}
+
+
+def test_a_chinese_notebook_has_the_same_code_and_the_numbers_of_the_run(tour, tmp_path):
+    place, path, say = tour
+    say(**DONE)
+    translate.write_notebooks(tmp_path / 'zh')
+    old, new = (json.loads(p.read_text())['cells'] for p in (path, tmp_path / 'zh' / place))
+    assert [c['id'] for c in old] == [c['id'] for c in new] and old[2] == new[2]
+    said = new[3]['outputs'][0]['data']['text/markdown']
+    assert said == '用了 5.5 分钟，1,024 步（2026-11-28）。'
+    assert new[3]['source'] == CODE and new[1]['source'].startswith('## 第一个 `x`')
+
+
+def test_chinese_headings_keep_their_anchors(tour, tmp_path):
+    from fastcore.nbio import read_nb
+    place, path, say = tour
+    say(**DONE)
+    nb = read_nb(path)
+    site.translated(nb, place, None)
+    assert '## 第一个 `x` {#first-x}' in markdown(nb) and '## 再一次 {#first-x-1}' in markdown(nb)
+    def leads(text): return site.in_chinese(text, Path('1_a'), {'1_a/b.html'})
+    assert leads('[b](b.html#x) [c](c.html) [d](#d)') == (
+        '[b](b.html#x) [c](../../1_a/c.html) [d](#d)')
+
+
+def test_what_is_translated_is_of_the_english_that_there_is(): assert translate.check() == 0
+
+
+PAGES = [('1_data/rows.html#mask', 'Rows', 'The mask', 'which targets count: 掩码'),
+         ('zh/1_data/rows.html#mask', '一行', '损失掩码', '哪些目标算数 mask'),
+         ('zh/2_model/gpt.html', '模型', '', '注意力看不到后面的词元，掩码盖住'),
+         *((f'2_model/gpt.html#{i}', 'The model', f'Part {i}', 'a masked score') for i in range(5))]
+
+
+@pytest.mark.parametrize('lang, query, first, n', [
+    ('zh', '损失掩码', 1, 1), ('zh', '损失掩码怎么用', 1, 1), ('zh', '掩码', 1, 3),
+    ('en', 'mask', 0, 5), ('en', '掩码', 1, 3), ('en', 'ask', None, 0), ('zh', '', None, 0)])
+def test_search_reads_chinese(lang, query, first, n):
+    entries = [dict(zip(('href', 'title', 'section', 'text'), one)) for one in PAGES]
+    found = site.search(entries, query, lang)
+    assert len(found) == n and (not n or found[0] == PAGES[first][0].partition('#')[0])
+
+
+@pytest.mark.skipif(not shutil.which('chromium'), reason='no chromium')
+def test_the_browser_finds_what_the_check_finds(tmp_path):
+    entries = [dict(zip(('href', 'title', 'section', 'text'), one)) for one in PAGES]
+    queries = ['损失掩码', 'mask', '掩码', 'masked score', '注意力', 'ask', 'part 3']
+    page = tmp_path / 'page.html'
+    page.write_text(f'''<html lang="zh-CN"><body><script>window.Fuse = class {{
+        search() {{ return [] }} }}</script><script src="{ROOT}/nbs/site.js"></script><script>
+        const fuse = new Fuse({json.dumps(entries)}, {{}})
+        document.body.textContent = JSON.stringify({json.dumps(queries)}.map(q =>
+            fuse.search(q, {{limit: 20}}).map(h => h.item.href.split('#')[0])))</script>''')
+    words = 'chromium --headless --no-sandbox --disable-gpu --dump-dom'.split()
+    said = subprocess.run([*words, page.as_uri()], capture_output=True, text=True).stdout
+    found = json.loads(re.search(r'<body>(.*)</body>', said, re.S)[1])
+    assert found == [site.search(entries, query, 'zh') for query in queries]
 
 
 # --- JupyterLab

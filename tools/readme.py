@@ -1,11 +1,12 @@
-"""Write README.md from nbs/index.ipynb and CONTRIBUTING.md from nbs/contributing.ipynb:
+"""Write README.md and README.zh.md from nbs/index.ipynb, CONTRIBUTING.md from its notebook:
 
     python tools/readme.py [--check]
 
 Prose, code and saved outputs are taken as they are; a cell with `#| echo: false` gives its output
-only, and imports are left out. So a number that a cell reads from a stored result stands in the
-README as the notebook shows it. Pictures go to nbs/images/. With --check nothing is written: the
-exit status says whether all is up to date.
+only, one with `#| readme: false` is for the site, and imports are left out. So a number that a cell
+reads from a stored result stands in the README as the notebook shows it; the reading times of the
+paths come from tools/guide.py, Chinese prose from translations/zh. Pictures go to nbs/images/. With
+--check nothing is written: the exit status says whether all is up to date.
 """
 import ast
 import base64
@@ -17,8 +18,14 @@ from html import escape, unescape
 from pathlib import Path
 from urllib.parse import unquote
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import guide
+import translate
+
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {'README.md': 'index.ipynb', 'CONTRIBUTING.md': 'contributing.ipynb'}
+PAGES = {'README.md': 'index.ipynb', 'README.zh.md': 'index.ipynb',
+         'CONTRIBUTING.md': 'contributing.ipynb'}
+OTHER = {'README.md': '[中文](README.zh.md)', 'README.zh.md': '[English](README.md)'}
 LEFT_OUT = {'hide', 'default_exp', 'export', 'code-fold'}
 
 
@@ -59,16 +66,35 @@ def relink(text, folder):
     return re.sub(r'(\]\(|\b(?:src|href)=")([^)":#\s]+)(?=[#)"\s])', one, text)
 
 
-def markdown(path, files):
+def titles(nb):
+    "The headings of a notebook"
+    text = '\n'.join(''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'markdown')
+    return re.findall(r'^#+ (.+)$', translate.without_code(text), re.M)
+
+
+def anchor(heading): return re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-')
+
+
+def chinese(nb, path):
+    "A notebook with Chinese prose, and the places on its page: anchor in English -> in Chinese"
+    before = titles(nb)
+    translate.translate(nb, path)
+    return nb, dict(zip(map(anchor, before), map(anchor, titles(nb))))
+
+
+def markdown(path, files, lang='en'):
     "A notebook as Markdown; its pictures go to `files`"
-    parts, heading = [], ''
-    for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
+    nb, at, parts, heading = json.loads(path.read_text(encoding='utf-8')), {}, [], ''
+    if lang == 'zh': nb, at = chinese(nb, path.relative_to(ROOT / 'nbs'))
+    took = {guide.name(p): guide.minutes(cells) for p, cells in guide.notebooks().items()}
+    for cell in nb['cells']:
         source = ''.join(cell['source']).strip()
         options = directives(source) if cell['cell_type'] == 'code' else {}
-        if not source or LEFT_OUT & set(options): continue
+        if not source or LEFT_OUT & set(options) or options.get('readme') == 'false': continue
         if cell['cell_type'] == 'markdown':
             heading = ([heading] + re.findall(r'^#+ (.+)$', source, re.M))[-1]
-            parts.append(source)
+            paths = '<!-- paths -->' in source
+            parts.append(guide.with_minutes(source, took, lang) if paths else source)
         elif cell['cell_type'] == 'code':
             code = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
             if code and options.get('echo') != 'false': parts.append(f'```python\n{code}\n```')
@@ -76,7 +102,8 @@ def markdown(path, files):
                 name = f'{path.stem}-{cell["id"]}-{i}'
                 words = picture_words(out, options, heading)
                 if text := output(out, name, words, files): parts.append(text)
-    return relink('\n\n'.join(parts) + '\n', path.parent)
+    text = relink('\n\n'.join(parts) + '\n', path.parent)
+    return re.sub(r'(?<=\]\(#)[\w-]+(?=\))', lambda m: at.get(m[0], m[0]), text)
 
 
 def main():
@@ -84,10 +111,12 @@ def main():
     for name, notebook in PAGES.items():
         path = ROOT / 'nbs' / notebook
         if not path.exists(): sys.exit(f'nbs/{notebook} is missing: {name} is made from it')
-        files[name] = markdown(path, files).encode()
+        text = markdown(path, files, 'zh' if '.zh.' in name else 'en')
+        if name in OTHER: text = text.replace('\n\n', f'\n\n{OTHER[name]}\n\n', 1)
+        files[name] = text.encode()
     def agrees(name): return (ROOT / name).exists() and (ROOT / name).read_bytes() == files[name]
     stale = [name for name in files if not agrees(name)]
-    ours = [p for notebook in PAGES.values()
+    ours = [p for notebook in {*PAGES.values()}
             for p in (ROOT / 'nbs/images').glob(f'{Path(notebook).stem}-*.png')]
     left = [p for p in ours if str(p.relative_to(ROOT)) not in files]  # of cells that are gone
     if '--check' in sys.argv:

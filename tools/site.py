@@ -3,20 +3,23 @@
 Each chapter becomes a page source under _proc/, in the folder of its part: nbdev's processors apply
 the directives and remove hidden cells; here each exported definition gets its signature, its table
 of parameters and a link to its source, imports are folded, pictures get a text, and names in
-backticks lead to what the page means by them. `smalldocs` renders these pages. Then formulas become
-MathML, and every link is followed: a page that leads nowhere, or that would ask the network for
-anything, fails the build.
+backticks lead to what the page means by them. A chapter that is translated (tools/translate.py)
+has a second page under zh/, with the same anchors. `smalldocs` renders these pages. Then formulas
+become MathML, every link is followed, and the terms of tools/search.txt are looked for: a page that
+leads nowhere, that would ask the network for anything, or that is not found fails the build.
 """
 import ast
 import base64
 import io
 import json
+import math
 import os
 import re
 import shutil
 import sys
 import time
 import tokenize
+from copy import deepcopy
 from functools import cache
 from html import escape, unescape
 from itertools import pairwise
@@ -24,25 +27,26 @@ from pathlib import Path
 from urllib.parse import unquote
 
 os.environ['IN_TEST'] = '1'
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 from fastcore.nbio import mk_cell, read_nb, write_nb
 from latex2mathml.converter import convert
 from nbdev.doclinks import patch_name
 from nbdev.processors import FilterDefaults, add_links, add_show_docs, clean_magics, exec_show_docs
+import yaml
 from smalldocs.markdown import pandoc_id
+
+import guide
+import translate
+from guide import page
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, PROC, OUT = ROOT / 'nbs', ROOT / '_proc', ROOT / '_docs'
 Def, Import = ast.FunctionDef | ast.ClassDef, ast.Import | ast.ImportFrom
+LINK = re.compile(r'(?P<open>\]\(|\b(?:href|src)=")(?P<path>[^)":#\s]+)(?=[#)"\s])')
 sources = {}  # source page -> the file that it shows
 
 
 # --- reading a notebook
-
-def page(path):
-    "The page of a notebook: 1_data/03_corpus.ipynb -> 1_data/corpus.html"
-    path = Path(path)
-    return str(path.with_name(re.sub(r'^\d+[a-z]?_', '', path.stem) + '.html'))
-
 
 def only_imports(node):
     "Whether a statement does nothing but import; types are imported under a condition"
@@ -211,9 +215,9 @@ def picture_words(cell, heading):
     return f'{heading}: {", ".join(dict.fromkeys(words)) or (lines[-1] if lines else "picture")}'
 
 
-def document(nb, up=''):
+def document(nb, anchor, up=''):
     "Show imports folded, exported code with its API documentation, and pictures with a text"
-    module, anchor, heading, cells = module_of(nb), anchors(nb), '', []
+    module, heading, cells = module_of(nb), '', []
     for cell in nb.cells:
         heading = ([heading] + headings(cell))[-1]
         flag, nodes = flags(cell), body(cell)
@@ -340,8 +344,7 @@ def relink(text, folder):
             shutil.copy(path, PROC / to)
         else: to = source_page(path)
         return f'{m["open"]}{os.path.relpath(to, folder)}'
-    link = r'(?P<open>\]\(|\b(?:href|src)=")(?P<path>[^)":#\s]+)(?=[#)"\s])'
-    return re.sub(link, one, text)
+    return LINK.sub(one, text)
 
 
 class Processors(FilterDefaults):
@@ -351,21 +354,98 @@ class Processors(FilterDefaults):
         return [p for p in super().base_procs() if p not in without]
 
 
-def stage(path, nb, places, stubs):
-    "A notebook as a page source: `path` is its place under nbs/"
-    folder, known = path.parent, {}
+def stage(path, nb, places, stubs, zh=None):
+    """A notebook as a page source: `path` is its place under nbs/.
+
+    With the guide to the Chinese pages, `zh`, it becomes one of them."""
+    folder, known, own = path.parent, {}, anchors(nb)
     for name, place in meanings(nb, places, stubs).items():
         to, _, anchor = place.partition('#')
         known[name] = f'#{anchor}' if to == page(path) else os.path.relpath(place, folder)
-    document(nb, up='../' * len(folder.parts))
+    if zh: translated(nb, path, zh)
+    document(nb, own, up='../' * len(folder.parts))
     Processors()(nb)
+    def leads(text): return in_chinese(text, folder, zh.there) if zh else text
     for cell in nb.cells:
         if cell.cell_type == 'markdown':
-            cell.source = link_names(relink(cell.source or '', folder), known)
+            cell.source = leads(link_names(relink(cell.source or '', folder), known))
         for out in cell.get('outputs', []):
             for kind in {'text/markdown', 'text/html'} & set(out.get('data', {})):
-                out['data'][kind] = relink(''.join(out['data'][kind]), folder)
+                out['data'][kind] = leads(relink(''.join(out['data'][kind]), folder))
     return nb
+
+
+# --- the Chinese pages
+
+def title(nb): return next(h for cell in nb.cells for h in headings(cell))
+
+
+def guides(nbs, zh):
+    "What pages say about themselves, in English and in Chinese; `zh` are the pages in Chinese"
+    english = guide.Guide({path: nb.cells for path, nb in nbs.items()})
+    texts = {path: translate.translate(deepcopy(nb), path).cells for path, nb in nbs.items()}
+    chinese = guide.Guide(texts, 'zh', english.url, there=zh)
+    chinese.minutes = english.minutes  # of the same code; Chinese has no blanks to count
+    return english, chinese
+
+
+def sections(said, change):
+    "A text with its headings changed, but for the title"
+    one = re.compile(r'^```(?s:.*?)^```|^##+ (.+)$', re.M)
+    return one.sub(lambda m: change(m[0], m[1]) if m[1] else m[0], said)
+
+
+def translated(nb, path, zh):
+    "Put Chinese prose into a notebook: headings keep their anchors; what is left is counted"
+    ids, taken = {}, set()
+    def note(line, words):  # as smalldocs finds them
+        base = anchor = pandoc_id(re.sub(r'[`$*]', '', words))
+        n = 0
+        while anchor in taken: anchor = f'{base}-{(n := n + 1)}'
+        taken.add(anchor)
+        ids[cell.id].append(anchor)
+        return line
+    texts = [cell for cell in nb.cells if cell.cell_type == 'markdown']
+    for cell in texts:
+        ids[cell.id] = []
+        sections(cell.source, note)
+    wrong = translate.state(path, translate.english(nb))
+    translate.translate(nb, path)
+    for cell in texts:
+        left = ids[cell.id]
+        def anchored(line, _, left=left): return f'{line} {{#{left.pop(0)}}}'
+        cell.source = sections(cell.source, anchored)
+        if path == Path('index.ipynb'): cell.source = zh.home(cell.source)
+    why = dict(missing='还没有译文，以英文显示', stale='的英文在翻译之后改过')
+    if words := [f'{len(wrong[kind])} 段{why[kind]}' for kind in why if wrong[kind]]:
+        said = f'::: {{.translation}}\n本页有 {"；".join(words)}。\n:::'
+        nb.cells.insert(1 + nb.cells.index(texts[0]), mk_cell(said, 'markdown'))
+
+
+def in_chinese(text, folder, zh):
+    "The links of a page as they have to be under zh/: to Chinese pages, or else to English ones"
+    def one(m):
+        to = os.path.normpath(folder / m['path'])
+        return m['open'] + os.path.relpath(f'zh/{to}' if to in zh else to, 'zh' / folder)
+    return LINK.sub(one, text)
+
+
+def two_sidebars(nbs, zh):
+    "_quarto.yml with a second sidebar, in Chinese; a page that is only in English is marked"
+    site, words = yaml.safe_load((ROOT / '_quarto.yml').read_text()), translate.words()['sections']
+    titles = {page(path).replace('.html', '.ipynb'): title(nb) for path, nb in nbs.items()}
+    def place(to): return f'zh/{to}' if re.sub(r'\.ipynb(#.*)?$', '.html', to) in zh else to
+    def one(entry):
+        if isinstance(entry, dict):
+            return {k: [one(e) for e in v] if isinstance(v, list) else
+                    place(v) if k == 'href' else words.get(v, v) for k, v in entry.items()}
+        if '*' in entry or place(entry) != entry: return place(entry)
+        return dict(text=f'{titles.get(entry, "API")}（英文）', href=entry)
+    english = site['website']['sidebar']
+    chinese = english | dict(id='zh', title=site['website']['title'])
+    chinese['contents'] = [one(e) for e in english['contents']]
+    site['website']['sidebar'] = [english | dict(id='en'), chinese] if zh else english
+    return yaml.safe_dump(site, allow_unicode=True, sort_keys=False)
 
 
 # --- the pages that are no chapters
@@ -436,6 +516,24 @@ def phone_bar(html):
     return html.replace('bi-layout-text-sidebar-reverse', 'bi-list', 1)
 
 
+def furnished(html, name, zh):
+    "A page with the switch to the other language; what stands around Chinese text is Chinese"
+    here, there = name.removeprefix('zh/'), min(zh, key=lambda p: p != 'index.html', default=0)
+    if name.startswith('zh/'):
+        for old, new in translate.words()['pieces'].items(): html = html.replace(old, new)
+        lang, word, more, to = 'en', 'English', '', here
+    elif here in zh: lang, word, more, to = 'zh-CN', '中文', '', f'zh/{here}'
+    else:  # to the Chinese home page
+        lang, word, to = 'zh-CN', '中文', f'zh/{there}'
+        more = ' title="这一页还没有中文版：去中文首页" data-other'
+    to = os.path.relpath(to, Path(name).parent)
+    switch = f'<a class="language" lang="{lang}" hreflang="{lang}" href="{to}"{more}>{word}</a>'
+    toggle = r'(<a\b[^>]*class="quarto-color-scheme-toggle)'  # in the sidebar and the phone's bar
+    if zh: html = re.sub(toggle, lambda m: switch + m[1], html)
+    up = '../' * name.count('/')
+    return html.replace('</head>', f'<script defer src="{up}site.js"></script></head>', 1)
+
+
 def natural_size(html):
     "Pictures are drawn with two pixels for one: shown at half their width"
     def one(m):
@@ -449,9 +547,48 @@ def offline_search():
     (OUT / 'search.js').write_text('window.searchIndex = ' + (OUT / 'search.json').read_text())
 
 
-def sidebar():
-    "The pages of the sidebar, in its order"
-    return re.findall(r'^\s*- (\S+)\.ipynb', (ROOT / '_quarto.yml').read_text(), re.M)
+# --- what can be wrong with the site
+
+def terms(query):
+    "What is looked for: words by their beginning, and pairs of Chinese characters"
+    words = re.findall(r'[a-z0-9_]+|[\u3400-\u9fff]+', query.lower())
+    return [t for w in words for t in ([w[i:i+2] for i in range(max(1, len(w) - 1))]
+                                       if w > '\u3400' else [w])]
+
+
+def search(entries, query, lang):
+    "The pages that nbs/site.js, which has the same rules, shows to a reader of `lang`, best first"
+    def count(text, t):
+        if t > '\u3400' or t not in text: return text.count(t)
+        return len(re.findall(rf'(?<![a-z0-9]){t}', text))
+    fields = [[e[k].lower() for k in ('title', 'section', 'text')] for e in entries]
+    points, seen, most = [0] * len(entries), [0] * len(entries), 0
+    for t in terms(query):
+        hits = {i: n for i, texts in enumerate(fields) if any(n := [count(s, t) for s in texts])}
+        if not hits and t > '\u3400': continue  # a pair across two words
+        rare = math.log(1 + len(entries) / (len(hits) or .5))
+        most += rare
+        for i, (title, section, text) in hits.items():
+            points[i] += rare * (3 * (title > 0) + 2 * (section > 0) + 2 * text / (text + 2))
+            seen[i] += rare
+    pages = [e['href'].partition('#')[0] for e in entries]
+    for i, name in enumerate(pages): points[i] /= 1 + (name.startswith('zh/') != (lang == 'zh'))
+    best = sorted((i for i, s in enumerate(seen) if s and s >= .7 * most), key=lambda i: -points[i])
+    found = [pages[i] for i in best]
+    return [name for k, name in enumerate(found) if found[:k].count(name) < 3][:20]
+
+
+def lost_terms():
+    "The lines of tools/search.txt, a page and what leads to it, whose page is not at the top"
+    entries, found = json.loads((OUT / 'search.json').read_text()), []
+    for line in (ROOT / 'tools/search.txt').read_text(encoding='utf-8').splitlines():
+        if not line.strip() or line.startswith('#'): continue
+        name, query = line.split(None, 1)
+        top = search(entries, query, 'zh' if name.startswith('zh/') else 'en')
+        top = list(dict.fromkeys(top))[:5]
+        if name in top: continue
+        found.append(f'search: {query} finds {", ".join(top) or "nothing"}, not {name}')
+    return found
 
 
 def complaints():
@@ -469,6 +606,12 @@ def complaints():
         for url in re.findall(fetched, html): say(f'fetches {"".join(url)}')
         for img in re.findall(r'<img\b[^>]*>', html):
             if not re.search(r'\balt="[^"]+"', img): say(f'no alt text: {img[:60]}')
+        name = p.relative_to(OUT)
+        if name.parts[0] == 'zh':
+            heads = [re.findall(r'data-anchor-id="([^"]+)"', pages[q])
+                     for q in (p, OUT.joinpath(*name.parts[1:]))]
+            for id in {*heads[0]} ^ {*heads[1]}: say(f'#{id} is not in both languages')
+            if '**' in re.sub(r'<[^>]*>', '', html): say('a ** that is not read as bold')
         for id in {id for id in ids[p] if ids[p].count(id) > 1}: say(f'two places #{id}')
         for href in re.findall(r'<a\b[^>]*\bhref="([^"]*)"', html):
             name, _, anchor = unescape(href).partition('#')
@@ -487,7 +630,7 @@ def complaints():
 
 def sidebar_complaints(chapters):
     "What the sidebar lacks or has too much, and links onward that do not follow it"
-    names, pages = sidebar(), [page(path).removesuffix('.html') for path in chapters]
+    names, pages = guide.order(), [page(path).removesuffix('.html') for path in chapters]
     found = [f'no {name}.ipynb in the sidebar of _quarto.yml' for name in {*pages} - {*names}]
     found += [f'no chapter {name}.ipynb, which the sidebar names' for name in {*names} - {*pages}]
     if found: return found
@@ -503,7 +646,7 @@ def chapters():
     "The notebooks, in the order of the sidebar: place under nbs/ -> notebook"
     paths = [p.relative_to(NBS) for p in NBS.rglob('*.ipynb')]
     paths = [p for p in paths if not any(part[0] in '_.' for part in p.parts)]
-    at = {name: i for i, name in enumerate(sidebar())}
+    at = {name: i for i, name in enumerate(guide.order())}
     paths.sort(key=lambda p: (at.get(page(p).removesuffix('.html'), len(at)), p))
     return {p: read_nb(NBS / p) for p in paths}
 
@@ -516,22 +659,43 @@ def main():
     nbs = chapters()
     where, handed = places(nbs), stubs()
     write_index(nbs)
+    zh = {page(path) for path in nbs if translate.file_of(path).exists()}
+    (PROC / '_quarto.yml').write_text(two_sidebars(nbs, zh))
+    about, zh_about = guides(nbs, zh)
+    twins = {path: deepcopy(nb) for path, nb in nbs.items() if page(path) in zh}
+    for cell in nbs[Path('index.ipynb')].cells:
+        if cell.cell_type == 'markdown': cell.source = about.home(cell.source)
     for path, nb in nbs.items():
         to = PROC / Path(page(path)).with_suffix('.ipynb')
         to.parent.mkdir(exist_ok=True)
         write_nb(stage(path, nb, where, handed), to)
+    for path, nb in twins.items():
+        to = PROC / 'zh' / Path(page(path)).with_suffix('.ipynb')
+        to.parent.mkdir(parents=True, exist_ok=True)
+        write_nb(stage(path, nb, where, handed, zh_about), to)
+    if zh: (PROC / 'zh/_metadata.yml').write_text('lang: zh-CN\ntoc-title: 本页目录\n')
     write_sources()
     write_dark_theme()
-    shutil.copy(ROOT / '_quarto.yml', PROC)
     for extra in NBS.glob('*.css'): shutil.copy(extra, PROC)
 
     from smalldocs.site import build  # after the pages: it needs nothing of the package
     site = build(PROC, quiet=True)
-    for p in OUT.rglob('*.html'): p.write_text(natural_size(phone_bar(mathml(p.read_text()))))
+    for p in OUT.rglob('*.html'):
+        html = natural_size(phone_bar(mathml(p.read_text())))
+        name = p.relative_to(OUT).as_posix()
+        html, guided = furnished(html, name, zh), zh_about if name.startswith('zh/') else about
+        p.write_text(guided.dress(html, name.removeprefix('zh/').removesuffix('.html')))
+    for path in nbs:
+        for folder in ['notebooks', *(['zh/notebooks'] if page(path) in zh else [])]:
+            to = OUT / folder / path
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.write_text(guide.downloadable(path, about.url, chinese=folder != 'notebooks'))
+    shutil.copy(NBS / 'site.js', OUT)
     offline_search()
     known = 'broken link', 'output-file'  # the first are found below
     problems = [w for w in site.warnings if not any(k in w for k in known)]
-    problems += complaints() + sidebar_complaints(nbs)
+    problems += complaints() + sidebar_complaints(nbs) + guide.level_faults(guide.order())
+    problems += lost_terms()
     if problems: sys.exit('\n  '.join(['site: the build has faults:', *sorted(problems)]))
     print(f'{len(site.pages)} pages in _docs/ ({time.time() - start:.0f} s)')
 

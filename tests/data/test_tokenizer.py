@@ -1,5 +1,6 @@
 "The tokenizer on hostile text, damaged files and odd corpora"
 import hashlib
+import json
 import os
 import random
 import signal
@@ -12,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece as sp
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lm_nb.core import UserError, root, sha256, worker_count
 from lm_nb.data import tokenizer
 from lm_nb.data.tokenizer import (
-    _N_FIXED, _SPECIALS, Tokenizer, _Worker, cut_text, encode_stream, _sample_lines, show_tokens,
-    _train_model, _training_lines, useful_size)
+    _N_FIXED, _SPECIALS, Tokenizer, _Worker, cut_text, encode_stream, _run_trainer, _sample_lines,
+    show_tokens, _train_model, _training_lines, useful_size)
 from dirty_texts import SCRIPTS, fuzzed, smuggled
 
 POEMS = ['春眠不覺曉，處處聞啼鳥。\n夜來風雨聲，花落知多少。',
@@ -233,6 +234,42 @@ def test_workers_of_a_killed_process_end_too(uni, tmp_path):
     assert not any(map(alive, workers))
     assert job.stderr.read() == ''  # and without a word
     job.stderr.close()
+
+
+# ------------------------------------------------------------------ by hand and by the library
+
+@pytest.fixture(scope='module')
+def by_hand():
+    "What the chapter defines and does not export: how BPE learns and encodes"
+    page = root()/'nbs'/'1_data'/'09_tokenizer.ipynb'
+    cells = [''.join(c['source']) for c in json.loads(page.read_text(encoding='utf-8'))['cells']]
+    names = vars(tokenizer) | dict(pairwise=pairwise)
+    for start in ('def naive_words', 'def pair_counts', 'def naive_bpe', 'def naive_encode'):
+        [cell] = [c for c in cells if c.startswith(start)]
+        exec(cell.rsplit('\n\n', 1)[0], names)  # without what it shows
+    return names['naive_bpe'], names['naive_encode']
+
+
+def corpora(letters):
+    "Some lines of words of these letters, and texts of the same letters"
+    lines = st.lists(st.text(letters, min_size=1, max_size=20), min_size=1, max_size=12)
+    texts = st.lists(st.text(letters + ' ', max_size=40), max_size=8)
+    return st.tuples(st.lists(lines.map(' '.join), min_size=1, max_size=6), texts)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(['a', 'ab', 'abC', '一二三', '.,7', 'ab一二.7']).flatmap(corpora),
+       st.integers(0, 60))
+@example((['abcdefghijklmnopqrstuvw ' * 3 + 'x'], ['abcdefghijklmnopqrstuvw']), 60)  # one too long
+def test_bpe_by_hand_is_the_librarys(by_hand, corpus, n_joins):
+    learn, encode = by_hand
+    lines, texts = corpus
+    joins, known = learn(lines, n_joins), set(''.join(lines)) - {' '}
+    model = sp.SentencePieceProcessor(
+        model_proto=_run_trainer(lines, _N_FIXED + len(joins) + len(known), 'bpe'))
+    assert [model.id_to_piece(_N_FIXED - 1 + i) for i in range(len(joins))] == joins
+    for text in [*lines, *(t for t in texts if set(t) <= known | {' '})]:
+        assert model.encode(text, out_type=str) == encode(text, joins)
 
 
 # ------------------------------------------------------------------ text without loss

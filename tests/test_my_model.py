@@ -82,9 +82,8 @@ def page(tmp_path):
                 time.sleep(.2)
             with Browser(1280, 1000) as page:
                 page.work = work
-                page.open(f'{url[1]}/lab/tree/copy.ipynb?{url[2]}',
-                          'Boolean(window.jupyterapp && document.querySelector(".jp-Cell"))')
-                page.until(f'Boolean({KERNEL})?.info && {KERNEL}.status === "idle"', 120)
+                page('Page.navigate', url=f'{url[1]}/lab/tree/copy.ipynb?{url[2]}')
+                page.until(f'window.jupyterapp && {KERNEL}?.status === "idle"', 180)
                 yield page
         finally: server.terminate()
 
@@ -111,9 +110,10 @@ def picture_of(number):
     return f'{outputs(number)}.find(o => o.data?.["image/png"])?.data["image/png"]'
 
 
-def show(page, number):
-    page.js(f'{PANEL}.content.activeCellIndex = {number};'
-            f'{PANEL}.content.scrollToItem({number}, "start"); 0')
+def until_seen(page, number, code, seconds):
+    "Wait until something is true, with a cell in view: what is out of view may not be drawn"
+    scroll = f'{PANEL}.content.activeCellIndex = {number}; {PANEL}.content.scrollToItem({number})'
+    page.until(f'(() => {{ {scroll}; return {code} }})()', seconds)
 
 
 def keep(page, name):
@@ -124,10 +124,8 @@ def test_a_person_trains_stops_goes_on_and_talks(page):
     command(page, 'notebook:run-all-cells')
     train = number_of(page, 'with live_plot(')
     log = page.work/'my_model/pretrain/log.jsonl'
-    page.until(f'{picture_of(train)}', 300)
-    first = page.js(picture_of(train))
-    show(page, train)
-    page.until(f'{picture_of(train)} !== {first!r}', 300)     # the curves grow as it trains
+    page.until(f'Boolean(window.first = {picture_of(train)})', 300)
+    until_seen(page, train, f'{picture_of(train)} !== first', 300)  # the curves grow
     keep(page, 'training')
     command(page, 'notebook:interrupt-kernel')
     page.until(f'{outputs(train)}.some(o => o.output_type === "error")', 120)
@@ -140,12 +138,10 @@ def test_a_person_trains_stops_goes_on_and_talks(page):
 
     command(page, 'notebook:run-all-cells')
     chat = number_of(page, 'display(chat_widget(')
-    show(page, chat)
     box = f'{CELLS}[{chat}].node.querySelector("input[type=text]")'
-    page.until(f'Boolean({box})', 600)
+    until_seen(page, chat, f'Boolean({box})', 600)
     assert not page.js(f'{outputs(train)}.some(o => o.output_type === "error")')
     assert len(log.read_text().splitlines()) >= steps, 'it went on'
-    show(page, chat)
     page.js(f'{box}.focus()')
     page.type('Where is the owl?')
     page.key('Enter', 13, '\r')

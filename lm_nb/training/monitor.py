@@ -364,8 +364,14 @@ def plot_run(
 ) -> Any: # a matplotlib figure
     "The curves of one or more stages"
     import matplotlib.pyplot as plt
-    size = 3.6*len(keys), 2.6
-    fig = plt.Figure(figsize=size, layout='constrained')  # pyplot need not know it: see `live_plot`
+    fig = plt.figure(figsize=(3.6*len(keys), 2.6), layout='constrained')
+    _draw_run(fig, folders, keys, labels)
+    plt.close(fig)
+    return fig
+
+# %% ../../nbs/4_training/03_monitor.ipynb #4fa4ebde
+def _draw_run(fig, folders, keys, labels):
+    "The curves, in a figure that may be nobody's but the caller's"
     axes = fig.subplots(1, len(keys), squeeze=False)
     for i, folder in enumerate(folders):
         for ax, key in zip(axes[0], keys):
@@ -374,7 +380,6 @@ def plot_run(
         ax.set(title=key.replace('_', ' '), xlabel='step')
         ax.grid(alpha=.3)
     axes[0][0].legend(fontsize=8)
-    return fig
 
 # %% ../../nbs/4_training/03_monitor.ipynb #0eb38498
 def _draw_curve(ax, rows, key, color, label):
@@ -388,28 +393,36 @@ def _draw_curve(ax, rows, key, color, label):
 # %% ../../nbs/4_training/03_monitor.ipynb #4e2122a7
 class _Redrawn:
     "The curves of a run below a cell, drawn anew when its logs have grown"
-    def __init__(self, folder, how):
-        self.folder, self.how, self.size, self.shown = Path(folder), how, 0, None
+    def __init__(self, folder, keys):
+        self.folder, self.keys, self.size, self.shown = Path(folder), keys, 0, None
 
     def draw(self) -> None:
         from IPython.display import display
         logs = [*self.folder.glob('log.jsonl'), *self.folder.glob('*/log.jsonl')]
         logs = sorted((p for p in logs if p.stat().st_size), key=lambda p: p.stat().st_mtime)
         if (size := sum(p.stat().st_size for p in logs)) == self.size: return
-        self.size, stages = size, [p.parent for p in logs]  # as they followed each other
-        fig = plot_run(*stages, labels=[s.name for s in stages], **self.how)
-        if self.shown: self.shown.update(fig)
-        else: self.shown = display(fig, display_id=True)
+        self.size = size
+        picture = self.picture([p.parent for p in logs])  # as they followed each other
+        if self.shown: self.shown.update(picture)
+        else: self.shown = display(picture, display_id=True)
+
+    def picture(self, stages):
+        from IPython.display import Image
+        from matplotlib.figure import Figure
+        fig = Figure(figsize=(3.6*len(self.keys), 2.6), layout='constrained', dpi=144)
+        _draw_run(fig, stages, self.keys, [s.name for s in stages])
+        fig.savefig(out := io.BytesIO(), format='png')
+        return Image(out.getvalue(), retina=True)
 
 # %% ../../nbs/4_training/03_monitor.ipynb #278900ad
 @contextmanager
 def live_plot(
     folder:str|Path, # of a run, or of one stage
+    keys:Sequence[str]=('loss', 'grad_norm', 'lr'), # as for `plot_run`
     every:float=2., # seconds between two drawings, or more if drawing is slow
-    **how, # as for `plot_run`
 ) -> Iterator[None]:
     "In a notebook, show the curves below the cell as they grow, while something inside trains"
-    curves, done = _Redrawn(folder, how), threading.Event()
+    curves, done = _Redrawn(folder, keys), threading.Event()
     def draw_again(pause=0.):
         while not done.wait(pause):
             begun = time.monotonic()
@@ -417,7 +430,6 @@ def live_plot(
             pause = max(every, 20 * (time.monotonic() - begun))
     thread = threading.Thread(target=copy_context().run, args=(draw_again,), daemon=True)
     live = _in_notebook() and not os.environ.get('IN_TEST')
-    if live: import matplotlib.pyplot  # noqa: F401  not in the thread
     if live: thread.start()
     try: yield
     finally:

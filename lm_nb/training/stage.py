@@ -307,7 +307,7 @@ def _start(stage, run, ranks):
 def _how_to_go_on(run):
     try: yield
     except Interrupted as e:
-        again = 'this cell, or  '*_in_notebook() + f'lm-nb run {shlex.quote(str(run.folder))}'
+        again = 'this cell or '*_in_notebook() + f'lm-nb run {shlex.quote(str(run.folder))}'
         raise Interrupted(f'{e}; {again} goes on from there') from None
 
 # %% ../../nbs/4_training/08_stage.ipynb #367e9747

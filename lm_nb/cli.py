@@ -83,63 +83,13 @@ def _is_run(word): # the absolute path of a run's folder?
 
 def _words(pairs): return [f'{k}={v}' for k, v in pairs.items()]
 
-# %% ../nbs/cli.ipynb #9e8ee27c
-def _begun(folder):
-    "Whether something was made of the recipe in a folder, other than what is read"
-    if not (folder/'recipe.json').is_file(): return False
-    made = {p.name for p in folder.iterdir() if p.name[0] != '.'}
-    return not made <= {'recipe.json', 'results.json', 'sources.json', 'corpus', 'text', 'records'}
-
-# %% ../nbs/cli.ipynb #b1999907
-def _say_changes(folder, recipe, pairs):
-    "A notice if `settings.ini` has other values than a run that goes on"
-    from lm_nb.training.recipe import load_recipe
-    from lm_nb.training.run import RUNTIME_KEYS, differing
-    try: now = load_recipe(recipe.name, _words(pairs))
-    except UserError: return  # gone, or made of the words of an earlier command
-    said = {key for key, *_ in config_texts(recipe.name, _words(pairs))}
-    odd = [line for line in differing(recipe.as_dict(), now.as_dict())
-           if (key := line.split(':')[0]).split('.')[-1] not in RUNTIME_KEYS
-           and (recipe.minutes is None or {key, key.split('.')[-1]} & said)] # others were chosen
-    more = f'; and {len(odd) - 3} more' if len(odd) > 3 else ''
-    if odd: notice(f'{folder} goes on with its recipe.json; settings.ini has other values: '
-                   f'{"; ".join(odd[:3])}{more}')
-
-# %% ../nbs/cli.ipynb #43fa365b
-def _resume(folder, pairs):
-    "The recipe of a run that goes on"
-    from lm_nb.training.recipe import resume_recipe
-    recipe = resume_recipe(folder, _words(pairs))
-    _say_changes(folder, recipe, pairs)
-    return recipe
-
 # %% ../nbs/cli.ipynb #751c8c6b
-def _check_folder(folder):
-    "`UserError` if no run can be begun in a folder"
-    from lm_nb.training.run import _read_recipe
-    there = next(f for f in (folder, *folder.absolute().parents) if f.exists())
-    check(there == folder or there.is_dir(), f'{folder}: {there.name} is a file; choose another '
-          'run_dir=')
-    _read_recipe(folder)
-
 def _load(name, pairs, folder=None, sizes=True):
     "The recipe, with the pairs put in and open sizes chosen; that of the run in `folder` if any"
-    from lm_nb.bench.sizes import sized_recipe
-    from lm_nb.training.recipe import load_recipe, recorded_recipe
-    load = sized_recipe if sizes else load_recipe
-    if Path(name).is_absolute():
-        check(_is_run(name), f'{name}: is no folder of a run (there is no recipe.json)')
-        return _resume(Path(name), pairs)
-    if folder is None: return load(name, _words(pairs))
-    if not _begun(folder):
-        _check_folder(folder)  # what is wrong with it shows at once
-        try: return load(name, _words(pairs))
-        except UserError:
-            if not (folder/'recipe.json').is_file(): raise
-    there = recorded_recipe(folder).name
-    check(there == name, f'{folder}: holds the run of another recipe, {there}; choose another '
-          f'run_dir=, or go on with it:  lm-nb run {folder}')
-    return _resume(folder, pairs)
+    from lm_nb.workbook import _load_for, _resume
+    if not Path(name).is_absolute(): return _load_for(folder, name, _words(pairs), sizes)
+    check(_is_run(name), f'{name}: is no folder of a run (there is no recipe.json)')
+    return _resume(Path(name), _words(pairs))
 
 # %% ../nbs/cli.ipynb #7a459ab7
 def _open(name, pairs):
@@ -153,7 +103,7 @@ def _run(name, pairs):
     """RECIPE|FOLDER [key=value …]: the whole job: data, then each stage and its measurements. What
     is done already is kept, and a run that has begun needs no keys. lm-nb recipe RECIPE shows
     them"""
-    from lm_nb.workbook import announce, fill_cards, report, run_all
+    from lm_nb.workbook import _begun, announce, fill_cards, report, run_all
     run = _open(name, pairs)
     if not _begun(run.folder):
         run.check_sources()  # what is wrong with them shows at once

@@ -23,6 +23,7 @@ if TYPE_CHECKING: import torch
 class UserError(Exception):
     "A mistake of the user's, in one line: the thing, what was found, what to do"
     status = 2  # of the process that ends with it
+    def _render_traceback_(self) -> list[str]: return [str(self)]  # what IPython shows of it
 
 # %% ../nbs/core.ipynb #dfe50cf4
 def check(

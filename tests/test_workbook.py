@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from desk import asks, facts, furnish
+from desk import asks, facts, furnish, text
 from lm_nb import workbook
-from lm_nb.core import read_json
+from lm_nb.core import UserError, read_json
+from lm_nb.data.sources import split_sources
 from lm_nb.inference.evaluate import heldout
 from lm_nb.training.monitor import read_log
 from lm_nb.training.recipe import load_recipe
 from lm_nb.training.run import Run
 from lm_nb.workbook import (
-    evaluate_stage, measured_on, plot_progress, results_table, run_all)
+    evaluate_stage, measured_on, open_run, plot_progress, results_table, run_all)
 
 RECORDS = sorted((Path(__file__).parent.parent/'nbs'/'results').glob('*.json'))
 KEYS = {'pretrain.tokens': 1600, 'sft.tokens': 1600, 'eval_every': 0, 'save_every': 0,
@@ -36,6 +37,21 @@ def job(tmp_path_factory):
         said = []
         run = Run(load_recipe('tiny', ['dtype=bf16']), Path('run'))
         yield run, run_all(run, said.append), said
+
+
+def test_a_run_is_opened_as_the_command_line_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(furnish(tmp_path, KEYS))
+    for name in ('a b.txt', "it's.txt"): Path(name).write_text(text(facts()), encoding='utf-8')
+    run = open_run('tiny', text=['a b.txt', "it's.txt"], instructions=Path('ask.jsonl'), seed=3)
+    assert run.folder == tmp_path/'runs/tiny' and run.recipe.seed == 3
+    assert split_sources(run.recipe.data.text) == ['a b.txt', "it's.txt"]
+    assert open_run('tiny', 'other', text=Path('a b.txt')).recipe.data.text == '"a b.txt"'
+    (run.folder/'tokenizer').mkdir()  # it has begun
+    again = open_run('tiny')
+    assert again.recipe == run.recipe, 'what it was begun with counts'
+    with pytest.raises(UserError, match='seed: 3 there, 4 now'): open_run('tiny', seed=4)
+    with pytest.raises(UserError, match='holds the run of another recipe, tiny'):
+        open_run('own', run.folder, text='text.txt')
 
 
 def test_results_say_what_they_were_measured_on(job):

@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / 'nbs'
 TOLERANCE = 1e-3  # of a fraction: processors differ in their last digits
 KEPT = 64         # so many numbers of an array are saved, or else a sample and its moments
+WIDGET = 'application/vnd.jupyter.widget-view+json'
 NO_REASON = '`output: varies` needs its reason, as a comment beside or below it'
 VARIES = re.compile(r'^#\|\s*output:\s*varies\b[ \t]*(.*(?:\n#(?!\|).*)?)', re.M)
 
@@ -183,8 +184,9 @@ def keep_figure_data(shell):
 
 
 def outputs_of(cell):
-    "The outputs of a cell that has run, as they are saved: a picture with its data and its size"
-    out = json.loads(json.dumps(cell.outputs))
+    """The outputs of a cell that has run, as they are saved: a picture with its data and its size;
+    no widget, which is nothing without its kernel"""
+    out = [o for o in json.loads(json.dumps(cell.outputs)) if WIDGET not in o.get('data', {})]
     for o in out:
         if 'execution_count' in o: o['execution_count'] = None
         if 'metadata' not in o: continue

@@ -6,6 +6,7 @@ from .chat import (
     answer as answer,
     example_prompts as example_prompts,
     saw_system_text as saw_system_text,
+    chat_widget as chat_widget,
 )
 from .choice import (
     LAYOUTS as LAYOUTS,

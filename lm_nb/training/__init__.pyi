@@ -30,6 +30,7 @@ from .monitor import (
     RunLog as RunLog,
     is_due as is_due,
     plot_run as plot_run,
+    live_plot as live_plot,
     link_run as link_run,
     Interrupted as Interrupted,
     stop_flag as stop_flag,

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from ..core import (
-    UserError, check, notice, pick_device, pick_dtype, progress, read_json, seed_all, write_json)
+    UserError, _in_notebook, check, notice, pick_device, pick_dtype, progress, read_json, seed_all,
+    write_json)
 from ..data.order import Prefetcher
 from ..model.gpt import GPT
 from ..model.fused import attention_kernel, pick_attention
@@ -306,7 +307,7 @@ def _start(stage, run, ranks):
 def _how_to_go_on(run):
     try: yield
     except Interrupted as e:
-        again = f'lm-nb run {shlex.quote(str(run.folder))}'
+        again = 'this cell or '*_in_notebook() + f'lm-nb run {shlex.quote(str(run.folder))}'
         raise Interrupted(f'{e}; {again} goes on from there') from None
 
 # %% ../../nbs/4_training/08_stage.ipynb #367e9747

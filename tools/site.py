@@ -399,6 +399,7 @@ def link_terms(nb, path, words):
     some = '|'.join(sorted(map(re.escape, lower), key=len, reverse=True))
     skip = (r'^(?:#|>|\||:::|    )[^\n]*|^```.*?^```|`[^`]*`|\$\$.*?\$\$|\$[^$\n]+\$|'
             r'!?\[(?:[^][]|\[[^][]*\])*\](?:\([^)]*\)|\{[^}]*\})|<a\b.*?</a>|<[^>]+>|https?:\S+|'
+            r'\*+[^*\n]+\*+(?=[\u3000-\u9fff\uff00-\uffef])|'
             r'\*+[^*\n]*[\u3400-\u9fff][^*\n]*\*+')  # a link there would undo Chinese emphasis
     find = re.compile(rf'(?ms){skip}|(?<![A-Za-z0-9_/.-])({some})(e?s)?(?![A-Za-z0-9_-])')
     to = os.path.relpath('glossary.html', path.parent)

@@ -66,21 +66,22 @@ def test_a_stop_saves_and_the_cell_goes_on(tmp_path):
     log = tmp_path/'my_model/pretrain/log.jsonl'
     kernel, client = start(cwd=tmp_path, env=elsewhere(tmp_path))
     try:
-        def reply(): return client.get_shell_msg(timeout=SLOW)['content']
-        def run(source):
-            client.execute(source)
-            return reply()
+        def reply(to): # other messages are about the kernel
+            while (m := client.get_shell_msg(timeout=SLOW))['parent_header']['msg_id'] != to: pass
+            return m['content']
+        def run(source): return reply(client.execute(source))
         for source in code[:train]: assert run(source)['status'] == 'ok'
-        client.execute(code[train])
+        training = client.execute(code[train])
         end = time.monotonic() + SLOW
         while not log.exists() or not log.read_text():
             assert time.monotonic() < end
             time.sleep(.05)
         kernel.interrupt_kernel()  # what ■ does
-        error = reply()
+        error = reply(training)
         assert error['ename'] == 'Interrupted'
         [line] = error['traceback']
-        at = re.match(r'pretrain: stopped at step (\d+) of 585 and saved; this cell or lm-nb run ', line)
+        said = r'pretrain: stopped at step (\d+) of 585 and saved; this cell or lm-nb run '
+        at = re.match(said, line)
         assert at and (tmp_path/f'my_model/pretrain/checkpoints/step-{int(at[1]):08d}').exists()
         assert run(code[train])['status'] == 'ok'
         steps = [json.loads(row)['step'] for row in log.read_text().splitlines()]

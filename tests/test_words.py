@@ -77,7 +77,8 @@ def test_the_first_use_of_a_word_leads_to_the_glossary():
 @pytest.mark.parametrize('text', [
     '`token`', '## Token', '> token', '[a token](x.html)', '| token |', '$token$', 'a.token',
     '```\ntoken\n```', '<a href="x">token</a>', '<i title="token">', '![token](x.png)',
-    '[the\ntoken](x.html)', '到**词元**、', '到**GPT**，读**词元**，', 'token_id', 'tokenizer', 'x-token'])
+    '[the\ntoken](x.html)', '到**词元**、',
+    '到**GPT**，读**词元**，', 'token_id', 'tokenizer', 'x-token'])
 def test_code_headings_tables_and_links_stay_as_they_are(text): assert linked(text) == [[]]
 
 

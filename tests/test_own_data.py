@@ -28,7 +28,8 @@ ELSEWHERE = {
         'there is no example to', 'an example takes', 'an example holds ids',
         'near-duplicate of a held-out document', 'no such folder of packed examples',
         'there is no example to write that fits', 'there is no pair to',
-        'there is no answer to lay out', 'an answer with its prompt takes'],
+        'there is no answer to lay out', 'an answer with its prompt takes',
+        'a fork takes over the first of', 'a fork needs a folder of its own'],
     'files of a run, not of its user': [
         'not an index of packed examples', 'written with another tokenizer',
         'the index does not fit its files', 'the file is damaged; write it again'],

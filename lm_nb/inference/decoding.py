@@ -41,7 +41,7 @@ def _left_align(
 _PACKS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
 _SMALL, _LARGE = 2**15, 2**20 # entries: small weights gain nothing in blocks, large ones lie once
 
-def _few(n): # a number of rows -> one at least as large, of which there are four from 2^k to 2^(k+1)
+def _few(n): # rows -> at least as many; of such numbers there are four from 2^k to 2^(k+1)
     step = 1 << max(0, (n - 1).bit_length() - 3)
     return -(-n // step) * step
 

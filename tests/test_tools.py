@@ -594,7 +594,8 @@ def test_jupyterlab_opens_the_home_page_of_the_repository(lab):
     there = {one['name'] for one in json.loads(ask('/api/contents'))['content']}
     assert {'README.md', 'nbs', 'data', 'settings.ini'} <= there
     chapter = guide.LAB.partition('8888')[2] + '/nbs/core.ipynb'  # where the pages' links lead
-    assert 'JupyterLab' in ask(chapter) and json.loads(ask('/api/contents/nbs/core.ipynb?content=0'))
+    assert 'JupyterLab' in ask(chapter)
+    assert json.loads(ask('/api/contents/nbs/core.ipynb?content=0'))
     kept = json.loads(ask('/lab/api/settings/@jupyterlab/docmanager-extension:plugin'))
     assert kept['schema']['properties']['defaultViewers']['default'] == {
         'markdown': 'Markdown Preview'}  # rendered

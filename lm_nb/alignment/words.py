@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np, torch
 
-from ..core import provenance, shipped, write_lines
+from ..core import check, provenance, shipped, write_lines
 from ..data.tokenizer import Tokenizer
 from ..data.microworld import TRAIN_RECORDS, _cloze, _fact_sentence, make_world
 from ..data.instructions import to_example
@@ -314,6 +314,8 @@ def _begin(q, base, folder, keys, seed, asked): # the start of a world
     model = teach(folder/'start', base, q.start, q.valid[0], keys, seed)
     valid, _ = (_hear(*model, rows) for rows in q.valid)
     sure = valid.where(_right(valid.answers, valid.rows)).sure
+    check(len(sure), f'{base}: after SFT on {keys} no question about validation people is answered '
+          'truly, so nothing sets a threshold; train either for longer')
     learned, heard = ([_hear(*model, rows) for rows in both]
                       for both in ((q.known, q.unknown), getattr(q, asked)))
     knows = _right(heard[0].answers, heard[0].rows)

@@ -544,6 +544,7 @@ def test_words_of_a_table_become_chinese(table):
 | 种子 23 | no seed 4 | 0.5 [0, 1] |
 
 损失，2 个种子"""
+    assert translate.numbered('2e-5 of 1,024, 1.5e-07') == '{0} of {1}, {2}'
     translate.file_of(place).write_text('')  # without a list all stays as it is
     assert translate.translate(json.loads(path.read_text()), place) == old
 

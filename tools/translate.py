@@ -42,7 +42,7 @@ CELL = re.compile(r'^<!-- cell ([\w-]+) ([0-9a-f]{8}) -->\n', re.M)
 ENGLISH = re.compile(r'^<!-- en:\n.*?\n-->\n?', re.M | re.S)  # to be translated
 # Chinese characters and their punctuation
 WIDE = '[\u2014\u2018-\u201d\u2026\u3000-\u303f\u3400-\u9fff\uff00-\uffef]'
-NUMBER = re.compile(r'\b(?:[0-9a-f]{10}|\d[\d.,-]*(?<![.,-]))\b')  # or a commit
+NUMBER = re.compile(r'\b(?:[0-9a-f]{10}|\d[\d.,-]*(?<![.,-])(?:e[+-]\d+)?)\b')  # or a commit
 CHAPTERS = '<!-- chapters -->'  # as a translation: the table of all chapters
 OUTPUTS = '\n<!-- outputs -->\n'  # the list of words of the page's tables
 CODE = re.compile(r'`[^`]*`|\]\([^)]*\)|\{\d+\}')  # what a translation has, too

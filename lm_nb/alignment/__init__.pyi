@@ -70,3 +70,20 @@ from .reward import (
     prepare_pairs as prepare_pairs,
     reward_feed as reward_feed,
 )
+from .words import (
+    WAYS as WAYS,
+    larger_lists as larger_lists,
+    Questions as Questions,
+    draw_questions as draw_questions,
+    refuse as refuse,
+    refused as refused,
+    label as label,
+    teach as teach,
+    decision as decision,
+    measure_way as measure_way,
+    residuals as residuals,
+    probe as probe,
+    when_known as when_known,
+    run_words as run_words,
+    larger_base as larger_base,
+)

@@ -151,7 +151,7 @@ def teach(
               'sft')
     return load_model(chat)
 
-# %% ../../nbs/5_alignment/06_words.ipynb #a2a17d94
+# %% ../../nbs/5_alignment/06_words.ipynb #726d947f
 def _ask(gpt, tok, rows): # -> (answers, confidence in the least likely token of each)
     examples = list(map(to_example, rows))
     said = _say(gpt, tok, examples)
@@ -165,7 +165,7 @@ def _share(hits, rows): # with its interval over entities
     return dict(n=len(rows), entities=len({*_who(rows)}), share=mean(map(float, hits)),
                 low=low, high=high)
 
-# %% ../../nbs/5_alignment/06_words.ipynb #726d947f
+# %% ../../nbs/5_alignment/06_words.ipynb #0b4954d6
 def _upto(tok, text, begun): # ids of a text, and how many of them spell what it begins with
     ids, start = tok.encode(text), tok.encode(begun)
     same = [a == b for a, b in zip(ids, start)]
@@ -187,7 +187,7 @@ def decision(
             out.append(logits.float().log_softmax(-1)[ids[n]].item())
     return np.array(out)
 
-# %% ../../nbs/5_alignment/06_words.ipynb #70f8c307
+# %% ../../nbs/5_alignment/06_words.ipynb #f49f5bcf
 def measure_way(
     gpt:GPT, # after the second stage
     tok:Tokenizer,
@@ -207,7 +207,7 @@ def measure_way(
         exact=_share(_right(said[0], people), people),
         words=auc(new, old, _who(unknown), _who(known)))
 
-# %% ../../nbs/5_alignment/06_words.ipynb #f49f5bcf
+# %% ../../nbs/5_alignment/06_words.ipynb #104d824b
 @torch.inference_mode()
 def residuals(
     gpt:GPT,
@@ -226,7 +226,7 @@ def residuals(
     for h in hooks: h.remove()
     return torch.stack(kept).unflatten(0, (len(rows), -1)).transpose(0, 1)
 
-# %% ../../nbs/5_alignment/06_words.ipynb #ea954805
+# %% ../../nbs/5_alignment/06_words.ipynb #d7c0006c
 def probe(
     x:torch.Tensor, # what is learned from (N, D)
     y:torch.Tensor, # its classes, 0 or 1 (N,)
@@ -247,7 +247,7 @@ def probe(
     opt.step(closure)
     return (new @ w[1:] + w[0]).detach().numpy()
 
-# %% ../../nbs/5_alignment/06_words.ipynb #7dbc728a
+# %% ../../nbs/5_alignment/06_words.ipynb #bc110a40
 @torch.inference_mode()
 def _first_of_value(gpt, tok, rows): # log-probability of the likeliest token there (N,)
     out, prompts = [], _prompts(tok, list(map(to_example, rows)))
@@ -258,7 +258,7 @@ def _first_of_value(gpt, tok, rows): # log-probability of the likeliest token th
             out.append(logits.float().log_softmax(-1).max().item())
     return np.array(out)
 
-# %% ../../nbs/5_alignment/06_words.ipynb #104d824b
+# %% ../../nbs/5_alignment/06_words.ipynb #7409f778
 class _Said(NamedTuple):
     "Questions with what the start said to them"
     rows: list[dict]
@@ -270,7 +270,7 @@ class _Said(NamedTuple):
 
 def _hear(gpt, tok, rows): return _Said(rows, *_ask(gpt, tok, rows))
 
-# %% ../../nbs/5_alignment/06_words.ipynb #d747f973
+# %% ../../nbs/5_alignment/06_words.ipynb #a05779d3
 def when_known(
     gpt:GPT, # the start
     tok:Tokenizer,
@@ -290,7 +290,7 @@ def when_known(
     return dict(before=probed(False), first=area(*first), least=area(known.sure, unknown.sure),
                 after=probed(True))
 
-# %% ../../nbs/5_alignment/06_words.ipynb #7595a634
+# %% ../../nbs/5_alignment/06_words.ipynb #56b20cef
 WAYS = {  # labels, where a refusal stands, keys of the stage
     'truth': ('truth', 'at once', ''),
     'truth, rank 1': ('truth', 'at once', 'lora_rank=1'),
@@ -300,7 +300,7 @@ WAYS = {  # labels, where a refusal stands, keys of the stage
     'confidence, at the value': ('confidence', 'late', ''),
     'confidence, at the value, rank 1': ('confidence', 'late', 'lora_rank=1')}
 
-# %% ../../nbs/5_alignment/06_words.ipynb #bc110a40
+# %% ../../nbs/5_alignment/06_words.ipynb #2bd83e94
 class _Start(NamedTuple):
     "A world's questions, and what the start says to them"
     model: tuple[GPT, Tokenizer]
@@ -320,7 +320,7 @@ def _begin(q, base, folder, keys, seed, asked): # the start of a world
     return _Start(model, q, tuple(learned), tuple(heard), knows,
                   float(np.quantile(sure, .1, method='lower')))
 
-# %% ../../nbs/5_alignment/06_words.ipynb #7409f778
+# %% ../../nbs/5_alignment/06_words.ipynb #63a33690
 def _confident(start): # what abstaining by confidence refuses, at any threshold and at its own
     people, unknown = start.asked
     known = people.where(start.knows)
@@ -337,7 +337,7 @@ def _seen(start, most=2000): # when it could know, from at most so many question
     some = [s.where([i < most for i in range(len(s.rows))]) for s in (new, unknown)]
     return when_known(*start.model, some, start.asked[0].where(start.knows), start.asked[1])
 
-# %% ../../nbs/5_alignment/06_words.ipynb #a05779d3
+# %% ../../nbs/5_alignment/06_words.ipynb #7a6439b2
 def _take(start, way, folder, keys, seed): # one way: how its labels and its model refuse
     labels, where, more = way
     said = [a for s in start.learned for a in s.answers]
@@ -353,7 +353,7 @@ def _take(start, way, folder, keys, seed): # one way: how its labels and its mod
     found = measure_way(model, tok, tuple(s.rows for s in start.asked), start.knows, where == 'late')
     return dict(labels=shares, **found)
 
-# %% ../../nbs/5_alignment/06_words.ipynb #b093dab4
+# %% ../../nbs/5_alignment/06_words.ipynb #f2c4db09
 def run_words(
     seed:int, # of the world and of the stages
     base:Path, # the model folder of its pretraining
@@ -375,7 +375,7 @@ def run_words(
         ways={name: _take(start, way, folder/name, second, seed) for name, way in ways.items()})
     return _rounded(found | dict(seconds=round(time() - begun), hardware=provenance()))
 
-# %% ../../nbs/5_alignment/06_words.ipynb #56b20cef
+# %% ../../nbs/5_alignment/06_words.ipynb #b5234df1
 def larger_base(
     seed:int,
     folder:Path, # of the run

@@ -6,7 +6,7 @@
 __all__ = ['WAYS', 'larger_lists', 'Questions', 'draw_questions', 'refuse', 'refused', 'label', 'teach', 'decision',
            'measure_way', 'residuals', 'probe', 'when_known', 'run_words', 'larger_base']
 
-# %% ../../nbs/5_alignment/06_words.ipynb #ba925bd9
+# %% ../../nbs/5_alignment/06_words.ipynb #bfd3a9f0
 import random, re, shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np, torch
 
-from ..core import provenance, shipped, write_lines
+from ..core import check, provenance, shipped, write_lines
 from ..data.tokenizer import Tokenizer
 from ..data.microworld import TRAIN_RECORDS, _cloze, _fact_sentence, make_world
 from ..data.instructions import to_example
@@ -32,7 +32,7 @@ from ..training.stage import run_stage
 from .aligned import _prompts, _say, answer_confidence, auc
 from .experiment import _rounded
 
-# %% ../../nbs/5_alignment/06_words.ipynb #7934cc53
+# %% ../../nbs/5_alignment/06_words.ipynb #187124cf
 _LARGER = dict(people=1800, strangers=1)  # beside 72 towns and 48 things
 _NAMES = dict(sft=9000, valid=600, test=1200)  # that nobody bears
 _MORE = TRAIN_RECORDS | dict(qa=45_000)  # most records of each task
@@ -49,7 +49,7 @@ def larger_lists(
     path.write_text(head + names + rest, encoding='utf-8')
     return folder
 
-# %% ../../nbs/5_alignment/06_words.ipynb #ed98aca4
+# %% ../../nbs/5_alignment/06_words.ipynb #d7b20c97
 class Questions(NamedTuple):
     "What a model is taught and asked; rows as of `instruction_records`, with `before`"
     start: list[dict]   # records of SFT
@@ -58,7 +58,7 @@ class Questions(NamedTuple):
     valid: tuple[list[dict], list[dict]] # (about people, about such names)
     test: tuple[list[dict], list[dict]]
 
-# %% ../../nbs/5_alignment/06_words.ipynb #920f3ad5
+# %% ../../nbs/5_alignment/06_words.ipynb #9e7e33ec
 def _beginnings(world, nobodies): # {sentence of a fact: what it says before the value}
     return {_fact_sentence(e, key, lang): _cloze(e, key, lang)[0]
             for e in (*world.entities, *nobodies) for key in e.facts for lang in ('zh', 'en')}
@@ -66,7 +66,7 @@ def _beginnings(world, nobodies): # {sentence of a fact: what it says before the
 def _about_people(rows):
     return [r for r in rows if r['task'].startswith('qa') and r['entity'].startswith('person')]
 
-# %% ../../nbs/5_alignment/06_words.ipynb #000d3bb5
+# %% ../../nbs/5_alignment/06_words.ipynb #75209995
 def _rows(world, split, most, lists): # -> (records of SFT, questions about people, about nobodies)
     values = _load_values(lists)
     nobodies = _nobodies(world, values.names)['sft' if split == 'train' else split]
@@ -78,7 +78,7 @@ def _rows(world, split, most, lists): # -> (records of SFT, questions about peop
     def cut(rows): return [r | dict(before=before[r['output']]) for r in rows]
     return records, cut(_about_people(records)), cut(unknown)
 
-# %% ../../nbs/5_alignment/06_words.ipynb #4c559193
+# %% ../../nbs/5_alignment/06_words.ipynb #6cdd6fca
 def _draw(rows, n, rng): return rng.sample(rows, min(n, len(rows)))
 
 def draw_questions(
@@ -97,7 +97,7 @@ def draw_questions(
     held = [_rows(world, split, 1200 if larger else 240, lists)[1:] for split in ('valid', 'test')]
     return Questions(start, [r for some in both for r in _draw(some, n, rng)], unknown, *held)
 
-# %% ../../nbs/5_alignment/06_words.ipynb #c1615aa8
+# %% ../../nbs/5_alignment/06_words.ipynb #9a298cc6
 def refuse(
     row:Mapping[str, Any], # a question
     late:bool=False, # in place of the value, not of the answer
@@ -112,7 +112,7 @@ def refused(answer:str) -> bool:
     "Whether an answer ends in one"
     return any(answer.strip().endswith(w) for w in _load_values().refusals['unknown'])
 
-# %% ../../nbs/5_alignment/06_words.ipynb #9a93d83f
+# %% ../../nbs/5_alignment/06_words.ipynb #9cff6d52
 def label(
     q:Questions,
     said:Sequence[str], # answers of the start to `known` and `unknown`
@@ -125,7 +125,7 @@ def label(
     return [r | dict(output=a) if s >= threshold else refuse(r, late)
             for r, a, s in zip((*q.known, *q.unknown), said, sure, strict=True)]
 
-# %% ../../nbs/5_alignment/06_words.ipynb #f9a87a2a
+# %% ../../nbs/5_alignment/06_words.ipynb #380effb3
 _KEYS = ('context=512 batch_tokens=2560 micro_rows=none warmup=20 clean=light dedup=none '
          'eval_every=1000 sample_every=2000 save_every=2000')
 _WHOLE = 'optimizer=muon lr=0.0002 muon_lr=0.0014 weight_decay=0.01'  # as in recipe micro
@@ -151,7 +151,7 @@ def teach(
               'sft')
     return load_model(chat)
 
-# %% ../../nbs/5_alignment/06_words.ipynb #726d947f
+# %% ../../nbs/5_alignment/06_words.ipynb #20c23a4e
 def _ask(gpt, tok, rows): # -> (answers, confidence in the least likely token of each)
     examples = list(map(to_example, rows))
     said = _say(gpt, tok, examples)
@@ -165,7 +165,7 @@ def _share(hits, rows): # with its interval over entities
     return dict(n=len(rows), entities=len({*_who(rows)}), share=mean(map(float, hits)),
                 low=low, high=high)
 
-# %% ../../nbs/5_alignment/06_words.ipynb #0b4954d6
+# %% ../../nbs/5_alignment/06_words.ipynb #1c53ce21
 def _upto(tok, text, begun): # ids of a text, and how many of them spell what it begins with
     ids, start = tok.encode(text), tok.encode(begun)
     same = [a == b for a, b in zip(ids, start)]
@@ -187,7 +187,7 @@ def decision(
             out.append(logits.float().log_softmax(-1)[ids[n]].item())
     return np.array(out)
 
-# %% ../../nbs/5_alignment/06_words.ipynb #f49f5bcf
+# %% ../../nbs/5_alignment/06_words.ipynb #e9710431
 def measure_way(
     gpt:GPT, # after the second stage
     tok:Tokenizer,
@@ -207,7 +207,7 @@ def measure_way(
         exact=_share(_right(said[0], people), people),
         words=auc(new, old, _who(unknown), _who(known)))
 
-# %% ../../nbs/5_alignment/06_words.ipynb #104d824b
+# %% ../../nbs/5_alignment/06_words.ipynb #d46367f7
 @torch.inference_mode()
 def residuals(
     gpt:GPT,
@@ -226,7 +226,7 @@ def residuals(
     for h in hooks: h.remove()
     return torch.stack(kept).unflatten(0, (len(rows), -1)).transpose(0, 1)
 
-# %% ../../nbs/5_alignment/06_words.ipynb #d7c0006c
+# %% ../../nbs/5_alignment/06_words.ipynb #93e3fe0a
 def probe(
     x:torch.Tensor, # what is learned from (N, D)
     y:torch.Tensor, # its classes, 0 or 1 (N,)
@@ -247,7 +247,7 @@ def probe(
     opt.step(closure)
     return (new @ w[1:] + w[0]).detach().numpy()
 
-# %% ../../nbs/5_alignment/06_words.ipynb #bc110a40
+# %% ../../nbs/5_alignment/06_words.ipynb #a71cebb2
 @torch.inference_mode()
 def _first_of_value(gpt, tok, rows): # log-probability of the likeliest token there (N,)
     out, prompts = [], _prompts(tok, list(map(to_example, rows)))
@@ -258,7 +258,7 @@ def _first_of_value(gpt, tok, rows): # log-probability of the likeliest token th
             out.append(logits.float().log_softmax(-1).max().item())
     return np.array(out)
 
-# %% ../../nbs/5_alignment/06_words.ipynb #7409f778
+# %% ../../nbs/5_alignment/06_words.ipynb #a0b52734
 class _Said(NamedTuple):
     "Questions with what the start said to them"
     rows: list[dict]
@@ -270,7 +270,7 @@ class _Said(NamedTuple):
 
 def _hear(gpt, tok, rows): return _Said(rows, *_ask(gpt, tok, rows))
 
-# %% ../../nbs/5_alignment/06_words.ipynb #a05779d3
+# %% ../../nbs/5_alignment/06_words.ipynb #a1e3ddf5
 def when_known(
     gpt:GPT, # the start
     tok:Tokenizer,
@@ -290,7 +290,7 @@ def when_known(
     return dict(before=probed(False), first=area(*first), least=area(known.sure, unknown.sure),
                 after=probed(True))
 
-# %% ../../nbs/5_alignment/06_words.ipynb #56b20cef
+# %% ../../nbs/5_alignment/06_words.ipynb #3e7572e4
 WAYS = {  # labels, where a refusal stands, keys of the stage
     'truth': ('truth', 'at once', ''),
     'truth, rank 1': ('truth', 'at once', 'lora_rank=1'),
@@ -300,7 +300,7 @@ WAYS = {  # labels, where a refusal stands, keys of the stage
     'confidence, at the value': ('confidence', 'late', ''),
     'confidence, at the value, rank 1': ('confidence', 'late', 'lora_rank=1')}
 
-# %% ../../nbs/5_alignment/06_words.ipynb #2bd83e94
+# %% ../../nbs/5_alignment/06_words.ipynb #1bafc875
 class _Start(NamedTuple):
     "A world's questions, and what the start says to them"
     model: tuple[GPT, Tokenizer]
@@ -314,13 +314,15 @@ def _begin(q, base, folder, keys, seed, asked): # the start of a world
     model = teach(folder/'start', base, q.start, q.valid[0], keys, seed)
     valid, _ = (_hear(*model, rows) for rows in q.valid)
     sure = valid.where(_right(valid.answers, valid.rows)).sure
+    check(len(sure), f'{base}: after SFT on {keys} no question about validation people is answered '
+          'truly, so nothing sets a threshold; train either for longer')
     learned, heard = ([_hear(*model, rows) for rows in both]
                       for both in ((q.known, q.unknown), getattr(q, asked)))
     knows = _right(heard[0].answers, heard[0].rows)
     return _Start(model, q, tuple(learned), tuple(heard), knows,
                   float(np.quantile(sure, .1, method='lower')))
 
-# %% ../../nbs/5_alignment/06_words.ipynb #63a33690
+# %% ../../nbs/5_alignment/06_words.ipynb #08d60fbf
 def _confident(start): # what abstaining by confidence refuses, at any threshold and at its own
     people, unknown = start.asked
     known = people.where(start.knows)
@@ -337,7 +339,7 @@ def _seen(start, most=2000): # when it could know, from at most so many question
     some = [s.where([i < most for i in range(len(s.rows))]) for s in (new, unknown)]
     return when_known(*start.model, some, start.asked[0].where(start.knows), start.asked[1])
 
-# %% ../../nbs/5_alignment/06_words.ipynb #7a6439b2
+# %% ../../nbs/5_alignment/06_words.ipynb #ec928ea3
 def _take(start, way, folder, keys, seed): # one way: how its labels and its model refuse
     labels, where, more = way
     said = [a for s in start.learned for a in s.answers]
@@ -353,7 +355,7 @@ def _take(start, way, folder, keys, seed): # one way: how its labels and its mod
     found = measure_way(model, tok, tuple(s.rows for s in start.asked), start.knows, where == 'late')
     return dict(labels=shares, **found)
 
-# %% ../../nbs/5_alignment/06_words.ipynb #f2c4db09
+# %% ../../nbs/5_alignment/06_words.ipynb #3b12123a
 def run_words(
     seed:int, # of the world and of the stages
     base:Path, # the model folder of its pretraining
@@ -375,7 +377,7 @@ def run_words(
         ways={name: _take(start, way, folder/name, second, seed) for name, way in ways.items()})
     return _rounded(found | dict(seconds=round(time() - begun), hardware=provenance()))
 
-# %% ../../nbs/5_alignment/06_words.ipynb #b5234df1
+# %% ../../nbs/5_alignment/06_words.ipynb #d485da27
 def larger_base(
     seed:int,
     folder:Path, # of the run

@@ -412,7 +412,7 @@ def test_the_picture_of_the_data_leads_to_chapters():
 def test_readme_is_the_notebook(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, 'ROOT', tmp_path)
     text = ' # Title\n[one](1_data/01_one.ipynb#a) [two](../Makefile) [three](https://x.org)'
-    code = '#| code-fold: true\nimport os', '#| echo: false\nshow()', '#| hide\n1'
+    code = '#| code-fold: true\nimport os', '#| echo: false\nshow()', '#| hide\n1', 'import re', '2'
     path = notebook(tmp_path / 'nbs/index.ipynb', text, *code)
     (tmp_path / 'Makefile').touch()
     notebook(tmp_path / 'nbs/1_data/01_one.ipynb')
@@ -426,7 +426,8 @@ def test_readme_is_the_notebook(tmp_path, monkeypatch):
     assert readme.markdown(path, files) == (
         '# Title\n[one](nbs/1_data/01_one.ipynb#a) [two](Makefile) [three](https://x.org)\n\n'
         '| 97.5 | [t](nbs/1_data/01_one.ipynb) |\n\n'
-        '<img src="nbs/images/index-c2-1.png" alt="Title" width="380">\n')
+        '<img src="nbs/images/index-c2-1.png" alt="Title" width="380">\n\n'
+        '```python\nimport re\n\n2\n```\n')
     assert list(files) == ['nbs/images/index-c2-1.png']
 
 

@@ -3,10 +3,10 @@
     python tools/readme.py [--check]
 
 Prose, code and saved outputs are taken as they are; a cell with `#| echo: false` gives its output
-only, one with `#| readme: false` is for the site, and imports are left out. So a number that a cell
-reads from a stored result stands in the README as the notebook shows it; the reading times of the
-paths come from tools/guide.py, Chinese prose from translations/zh. Pictures go to nbs/images/. With
---check nothing is written: the exit status says whether all is up to date.
+only, one with `#| readme: false` is for the site, and folded imports are left out. So a number that
+a cell reads from a stored result stands in the README as the notebook shows it; the reading times
+of the paths come from tools/guide.py, Chinese prose from translations/zh. Pictures go to
+nbs/images/. With --check nothing is written: the exit status says whether all is up to date.
 """
 import ast
 import base64
@@ -97,7 +97,10 @@ def markdown(path, files, lang='en'):
             parts.append(guide.with_minutes(source, took, lang) if paths else source)
         elif cell['cell_type'] == 'code':
             code = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
-            if code and options.get('echo') != 'false': parts.append(f'```python\n{code}\n```')
+            if code and options.get('echo') != 'false':  # what follows without a word goes together
+                apart = not parts or not parts[-1].startswith('```python')
+                before = '```python' if apart else parts.pop()[:-3]
+                parts.append(f'{before}\n{code}\n```')
             for i, out in enumerate(cell['outputs']):
                 name = f'{path.stem}-{cell["id"]}-{i}'
                 words = picture_words(out, options, heading)

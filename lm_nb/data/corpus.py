@@ -353,7 +353,8 @@ def _read_file(path, how=ReadConfig(), report=None, tick=None):
     other, named = _CONVERTED.get(kind, ''), kind or Path(path).suffix
     check(kind in _READERS, f"{path}: unknown kind of file '{named}'{other}; {known}")
     rows = _READERS[kind](path, how, report, tick)
-    if kind in _PROSE: how = replace(how, fields='')  # a page has none
+    if kind in _PROSE:  # has no fields: it is all text, whatever that is called elsewhere
+        rows, how = ({how.field or 'text': r['text']} for r in rows), replace(how, fields='')
     return _checked_rows(rows, path, how, report)
 
 # %% ../../nbs/1_data/03_corpus.ipynb #5bcb46f8

@@ -272,6 +272,22 @@ def test_word_documents(tmp_path):
     assert len(texts(tmp_path/'b.docx', separator='file')) == 1
 
 
+def test_a_named_field_is_for_files_that_have_fields(tmp_path):
+    page = WORD.format('<w:p><w:r><w:t>A page.</w:t></w:r></w:p>')
+    zipped(tmp_path/'b.docx', **{'word/document.xml': page})
+    put(tmp_path/'a.csv', 'title,body\nAsh,A river.\n')
+    put(tmp_path/'c.txt', 'A line.\n')
+    for field, row in {'body': 'A river.', 'title+body': 'Ash\nA river.'}.items():
+        report = Report()
+        assert texts(tmp_path, field=field, report=report) == [row, 'A page.', 'A line.']
+        assert not report.rejected
+    assert texts(f'{tmp_path}/b.docx {tmp_path}/a.csv', field='body') == ['A page.', 'A river.']
+    report = Report()  # a name that is misspelt is said, by itself and beside a text
+    assert texts(tmp_path, field='bdy', report=report) == ['A page.', 'A line.']
+    assert rejected(report) == {"no text in the field 'bdy'": 1}
+    assert 'the first record has: title, body' in reading_fails(tmp_path/'a.csv', field='bdy')
+
+
 @pytest.mark.parametrize('ending', ['.docx', '.epub'])
 def test_damaged_archives_of_text(tmp_path, ending):
     whole = zipped(tmp_path/'x.zip',

@@ -481,8 +481,8 @@ def test_sync_and_stamp_lead_a_translator(tour):
     place, path, say = tour
     say(c1=DONE['c1'])
     path.write_text(path.read_text().replace('there', 'over there'))
-    cells = translate.english(translate.notebooks()[place])
-    translate.sync(place, cells)
+    cells = translate.english(nb := translate.notebooks()[place])
+    translate.sync(place, cells, nb)
     text = translate.file_of(place).read_text()
     assert text.count('<!-- en:') == 4 and 'over there' in text and 'took {0} minutes' in text
     assert standing(place) == dict(missing=['c0', 'c3', 'c4'], stale=['c1'])
@@ -500,6 +500,69 @@ def test_a_chinese_notebook_has_the_same_code_and_the_numbers_of_the_run(tour, t
     said = new[3]['outputs'][0]['data']['text/markdown']
     assert said == '用了 5.5 分钟，1,024 步（2026-11-28）。'
     assert new[3]['source'] == CODE and new[1]['source'].startswith('## 第一个 `x`')
+
+
+TABLE = """| seed 1 | message | note |
+|---|--:|--:|
+| a \\| b | No such file | `x` is 1 |
+| seed 23 | no seed 4 | 0.5 [0, 1] |
+
+2 seeds, loss"""
+WORDS = """seed {0} => 种子 {0}
+message | => 报错
+note
+a \\| b => 甲
+`x` is {0} => `x` 为 {0}
+{0} seeds, loss => 损失，{0} 个种子
+"""
+
+
+@pytest.fixture
+def table(tour):
+    "A notebook whose third cell gives a table; writes the list of its words"
+    place, path, say = tour
+    nb = json.loads(path.read_text())
+    nb['cells'][2]['outputs'] = [dict(output_type='display_data', metadata={},
+                                      data={'text/markdown': TABLE.splitlines(keepends=True)})]
+    path.write_text(json.dumps(nb))
+    say(**DONE)
+    file, prose = translate.file_of(place), translate.file_of(place).read_text()
+    def list_words(words):
+        file.write_text(prose + translate.OUTPUTS + words)
+        return translate.unlike(place, translate.notebooks()[place])
+    return place, path, list_words
+
+
+def test_words_of_a_table_become_chinese(table):
+    place, path, list_words = table
+    assert list_words(WORDS) == [] and translate.check() == 0
+    old, nb = (json.loads(path.read_text()) for _ in range(2))
+    new = translate.translate(nb, place)['cells'][2]
+    assert new['source'] == old['cells'][2]['source']
+    assert new['outputs'][0]['data']['text/markdown'] == """| 种子 1 | 报错 | note |
+|---|--:|--:|
+| 甲 | No such file | `x` 为 1 |
+| 种子 23 | no seed 4 | 0.5 [0, 1] |
+
+损失，2 个种子"""
+    assert translate.numbered('2e-5 of 1,024, 1.5e-07') == '{0} of {1}, {2}'
+    translate.file_of(place).write_text('')  # without a list all stays as it is
+    assert translate.translate(json.loads(path.read_text()), place) == old
+
+
+def test_the_check_names_words_of_a_table(table):
+    place, path, list_words = table
+    lines = WORDS.splitlines(keepends=True)
+    assert list_words(''.join(lines[1:])) == ['seed {0}']
+    assert list_words(WORDS.replace(' |', '')) == ['No such file', 'no seed {0}']
+    assert list_words(WORDS + 'gone => 没了\n') == ['gone'] and translate.check() == 1
+    assert list_words(WORDS.replace('`x` 为', '`y` 为')) == ['`x` is {0}']
+    assert list_words(WORDS.replace('种子 {0}', '种子')) == ['seed {0}']
+    path.write_text(path.read_text().replace('loss', 'losses'))
+    assert list_words(WORDS) == ['{0} seeds, losses', '{0} seeds, loss']
+    translate.sync(place, {}, translate.notebooks()[place])
+    said = translate.file_of(place).read_text().partition(translate.OUTPUTS)[2]
+    assert said == WORDS.replace('loss => 损失，{0} 个种子', 'losses =>')
 
 
 def test_chinese_headings_keep_their_anchors(tour, tmp_path):

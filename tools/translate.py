@@ -5,8 +5,8 @@
     python tools/translate.py stamp NB… [ID…]  # the translation (of these cells) fits the English
     python tools/translate.py notebooks [DIR]  # Chinese notebooks for JupyterLab, in zh/
 
-Code and outputs are shared; only prose exists twice: the text of a Markdown cell, and the Markdown
-that a cell with `#| echo: false` gives. A file holds, for each of them,
+Code is shared; prose exists twice: the text of a Markdown cell, and the Markdown that a cell with
+`#| echo: false` gives. A file holds, for each of them,
 
     <!-- cell 2c0bb489 1f3a9c0d -->
     中文……
@@ -15,6 +15,18 @@ the id of the cell, and the first eight hex digits of the sha256 of the English 
 was translated. What has no translation is shown in English. Headings and links are the English
 ones, in number and level; a line may end between two Chinese characters. In what a cell gives the
 numbers come from the run: `{0}` is the first number of the English text, whatever it is by now.
+
+Tables, and lines of text, that other cells give as Markdown are shown in English, unless the file
+ends with a list of their words for the whole page:
+
+    <!-- outputs -->
+    seed {0} => 种子 {0}
+    message | => 报错
+    AdamW
+
+A line is what one cell of a table, or one line of text, says. Without `=>` it stays as it is; a
+`|` behind the head of a column keeps what is below. What is no word needs no line: code, numbers,
+names in capitals. `check` names the words that have no line, and the lines whose English is gone.
 """
 import json
 import re
@@ -30,9 +42,13 @@ CELL = re.compile(r'^<!-- cell ([\w-]+) ([0-9a-f]{8}) -->\n', re.M)
 ENGLISH = re.compile(r'^<!-- en:\n.*?\n-->\n?', re.M | re.S)  # to be translated
 # Chinese characters and their punctuation
 WIDE = '[\u2014\u2018-\u201d\u2026\u3000-\u303f\u3400-\u9fff\uff00-\uffef]'
-NUMBER = re.compile(r'\b(?:[0-9a-f]{10}|\d[\d.,-]*(?<![.,-]))\b')  # or a commit
+NUMBER = re.compile(r'\b(?:[0-9a-f]{10}|\d[\d.,-]*(?<![.,-])(?:e[+-]\d+)?)\b')  # or a commit
 CHAPTERS = '<!-- chapters -->'  # as a translation: the table of all chapters
-FAULTS = 'stale', 'gone', 'headings', 'links'
+OUTPUTS = '\n<!-- outputs -->\n'  # the list of words of the page's tables
+CODE = re.compile(r'`[^`]*`|\]\([^)]*\)|\{\d+\}')  # what a translation has, too
+WORD = re.compile(r'(?<![\w.=/:+<&-])[A-Za-z]*[a-z]{2}[A-Za-z]*(?![\w=(/]|\.\w)')  # not of code
+TERM = re.compile(r'(.+?)( \|)?(?: =>(.*))?')  # a line of that list
+FAULTS = 'stale', 'gone', 'headings', 'links', 'outputs'
 
 
 # --- what is prose, and what has been translated
@@ -73,7 +89,8 @@ def file_of(path): return ROOT / 'translations/zh' / Path(path).with_suffix('.md
 def read(path):
     "Cell -> (hash, body) in the translation of a notebook; `path` is its place under nbs/"
     file = file_of(path)
-    parts = CELL.split(file.read_text(encoding='utf-8'))[1:] if file.exists() else []
+    text = file.read_text(encoding='utf-8') if file.exists() else ''
+    parts = CELL.split(text.partition(OUTPUTS)[0])[1:]
     return {id: (of, body.strip()) for id, of, body in zip(*[iter(parts)] * 3)}
 
 
@@ -102,9 +119,49 @@ def printed(text, said):
     return re.sub(r'\{(\d+)\}', lambda m: found.get(int(m[1]), m[0]), said)
 
 
+# --- the tables that cells give
+
+def terms(path):
+    "English -> (Chinese, whether it heads a column that stays), or None where there is no list"
+    file = file_of(path)
+    text = file.read_text(encoding='utf-8') if file.exists() else ''
+    if OUTPUTS not in text: return None
+    lines = [TERM.fullmatch(line) for line in text.partition(OUTPUTS)[2].split('\n') if line]
+    return {m[1]: (m[1] if m[3] is None else m[3].strip(), bool(m[2])) for m in lines}
+
+
+def tables(nb):
+    "The outputs, as Markdown, of the cells whose code is shown"
+    return [out['data'] for c in nb['cells'] if c['cell_type'] == 'code' and prose(c) is None
+            for out in c['outputs'] if 'text/markdown' in out.get('data', {})]
+
+
+def stays(head, known): return known.get(numbered(head), ('', False))[1]
+
+
+def reworded(text, change):
+    "Markdown with each line and each cell of its tables changed: change(text, head of its column)"
+    heads, lines = None, []
+    for line in text.split('\n'):
+        cells = [cell.strip() for cell in re.split(r'(?<!\\)\|', line)[1:-1]]
+        if not line.startswith('|'):
+            heads, line = None, change(line, '')
+        elif heads is None:
+            heads, line = cells, f'| {" | ".join(change(cell, "") for cell in cells)} |'
+        elif line.strip('|:- '):
+            line = f'| {" | ".join(map(change, cells, heads))} |'
+        lines.append(line)
+    return '\n'.join(lines)
+
+
 def translate(nb, path):
-    "Put the Chinese prose of a notebook into its cells"
-    said = chinese(path)
+    "Put the Chinese prose of a notebook into its cells, and the Chinese words into its tables"
+    said, known = chinese(path), terms(path)
+    def word(text, head):
+        new = '' if stays(head, known) else known.get(numbered(text), [''])[0]
+        return printed(text, new) if new else text
+    for data in tables(nb) if known else []:
+        data['text/markdown'] = reworded(''.join(data['text/markdown']), word)
     for cell in nb['cells']:
         if cell.get('id') not in said or prose(cell) is None: continue
         if cell['cell_type'] == 'markdown': cell['source'] = said[cell['id']]
@@ -136,6 +193,27 @@ def state(path, cells):
                 links=[id for id in both if links(said[id]) != links(cells[id])])
 
 
+def spoken(path, nb):
+    "What a notebook's tables say, in its order -> whether that has words, and so needs a line"
+    known, found = terms(path) or {}, {}
+    def note(text, head):
+        if text and not stays(head, known):
+            found[numbered(text)] = bool(WORD.search(CODE.sub('', text)))
+        return text
+    for data in tables(nb): reworded(''.join(data['text/markdown']), note)
+    return found
+
+
+def unlike(path, nb):
+    "The lines in the list of words that are missing, gone, or have other code, numbers or links"
+    known, now = terms(path), spoken(path, nb)
+    if known is None: return []
+    def parts(text): return sorted(CODE.findall(text))
+    return ([text for text, needed in now.items() if needed and not known.get(text, [''])[0]]
+            + [text for text in known if text not in now]
+            + [text for text, (new, _) in known.items() if new and parts(new) != parts(text)])
+
+
 def notebooks():
     "Place under nbs/ -> notebook"
     paths = sorted((ROOT / 'nbs').rglob('*.ipynb'))
@@ -151,9 +229,9 @@ def check():
             without.append(path.stem)
             continue
         cells = english(nb)
-        wrong = state(path, cells)
+        wrong = state(path, cells) | dict(outputs=unlike(path, nb))
         rows.append([str(path), len(cells), *(len(ids) or '' for ids in wrong.values())])
-        faults += [f'{file_of(path).relative_to(ROOT)}, cell {id}: {kind}'
+        faults += [f'{file_of(path).relative_to(ROOT)}, {id}: {kind}'
                    for kind in FAULTS for id in wrong[kind]]
     files = (ROOT / 'translations/zh').rglob('*.md')
     faults += [f'{f.relative_to(ROOT)}: no such notebook' for f in files
@@ -168,14 +246,19 @@ def check():
 
 # --- what a translator does
 
-def write(path, parts):
-    "Write a translation: (cell, hash, body) each"
+def write(path, parts, words=None):
+    "Write a translation: (cell, hash, body) each, and the list of words of its tables"
     file_of(path).parent.mkdir(parents=True, exist_ok=True)
+    words = terms(path) if words is None else words
     text = '\n'.join(f'<!-- cell {id} {of} -->\n{body}\n' for id, of, body in parts)
+    if words is not None:
+        lines = [f'{old}{" |" * below}' + (f' => {new}'.rstrip() if new != old else '')
+                 for old, (new, below) in words.items()]
+        text += OUTPUTS + '\n'.join([*lines, ''])
     file_of(path).write_text(text, encoding='utf-8')
 
 
-def sync(path, cells):
+def sync(path, cells, nb):
     "Put the English of what is missing or stale beside what there is, in the notebook's order"
     done, wrong, parts = read(path), state(path, cells), []
     for id, said in cells.items():
@@ -184,7 +267,11 @@ def sync(path, cells):
         if id in wrong['missing'] + wrong['stale']:
             body = f'<!-- en:\n{said.replace("-->", "--&gt;")}\n-->\n{body}'.strip()
         parts.append((id, digest(said) if id in wrong['missing'] else of, body))
-    write(path, parts)
+    known = terms(path)
+    words = None if known is None else {
+        text: known.get(text, ('', False)) for text, needed in spoken(path, nb).items()
+        if needed or text in known}
+    write(path, parts, words)
 
 
 def stamp(path, cells, only=()):
@@ -211,8 +298,8 @@ def main(args):
     if word == 'check': sys.exit(bool(check()))
     elif word in ('sync', 'stamp') and names:
         for path in (name.relative_to(ROOT / 'nbs') for name in names):
-            cells = english(notebooks()[path])
-            if word == 'sync': sync(path, cells)
+            cells = english(nb := notebooks()[path])
+            if word == 'sync': sync(path, cells, nb)
             else: stamp(path, cells, ids)
     elif word == 'notebooks':
         write_notebooks(folder := Path(*rest[:1] or [ROOT / 'zh']))

@@ -70,12 +70,12 @@ class Browser:
         assert 'exceptionDetails' not in said, said['exceptionDetails']
         return said['result'].get('value')
 
-    def until(self, code, seconds=20):
-        "Wait until an expression is true"
+    def until(self, code, seconds=20, every=.02):
+        "Wait until an expression is true, which is looked at so often"
         end = time.monotonic() + seconds
         while not (value := self.js(code)):
             assert time.monotonic() < end, f'never: {code}'
-            time.sleep(.02)
+            time.sleep(every)
         return value
 
     def open(self, url, ready):
@@ -94,6 +94,7 @@ class Browser:
     def click(self, selector):
         x, y = self.js(f'''(() => {{ const r = document.querySelector({selector!r})
             .getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2] }})()''')
+        self.move(x, y)
         for kind in ('mousePressed', 'mouseReleased'):
             self('Input.dispatchMouseEvent', type=kind, x=x, y=y, button='left', clickCount=1)
 

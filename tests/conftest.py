@@ -15,7 +15,8 @@ torch.set_num_threads(1)  # small tensors: more threads only wait for each other
 
 # the files that take longest, to be started first where several processes share the work
 LONGEST = ('test_faults.py', 'test_ranks.py', 'test_cli.py', 'test_workbook.py', 'test_gpu.py',
-           'test_stage.py', 'test_checkpoint.py', 'test_third_stage.py', 'test_cases.py')
+           'test_stage.py', 'test_checkpoint.py', 'test_third_stage.py', 'test_cases.py',
+           'test_lab.py')
 
 
 def pytest_collection_modifyitems(items):

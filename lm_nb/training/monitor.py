@@ -360,14 +360,16 @@ def is_due(
     return step == total or bool(every and step % every == 0)
 
 # %% ../../nbs/4_training/03_monitor.ipynb #56d640f4
+_PANELS = 'loss', 'grad_norm', 'lr', 'reward'  # the last where a policy learns
+
 def plot_run(
     *folders:str|Path, # stages' folders, drawn over each other
-    keys:Sequence[str]=('loss', 'grad_norm', 'lr'), # one panel each, validation with it
+    keys:Sequence[str]=_PANELS, # a panel for each that was measured, validation with it
     labels:Sequence[str]=(), # a name for each folder
 ) -> Any: # a matplotlib figure
     "The curves of one or more stages"
     import matplotlib.pyplot as plt
-    fig = plt.figure(figsize=(3.6*len(keys), 2.6), layout='constrained')
+    fig = plt.figure(layout='constrained')
     _draw_run(fig, folders, keys, labels)
     plt.close(fig)
     return fig
@@ -375,14 +377,18 @@ def plot_run(
 # %% ../../nbs/4_training/03_monitor.ipynb #4fa4ebde
 def _draw_run(fig, folders, keys, labels):
     "The curves, in a figure that may be nobody's but the caller's"
-    axes = fig.subplots(1, len(keys), squeeze=False)
-    for i, folder in enumerate(folders):
-        for ax, key in zip(axes[0], keys):
-            _draw_curve(ax, read_log(folder), key, f'C{i}', labels[i] if labels else '')
-    for ax, key in zip(axes[0], keys):
+    logs = [read_log(folder) for folder in folders]
+    known = {k for log in logs for row in log for k in row}
+    keys = [k for k in keys if {k, f'valid_{k}'} & known] or keys
+    fig.set_size_inches(3.6*len(keys), 2.6)
+    axes = fig.subplots(1, len(keys), squeeze=False)[0]
+    for i, log in enumerate(logs):
+        for ax, key in zip(axes, keys):
+            _draw_curve(ax, log, key, f'C{i}', labels[i] if labels else '')
+    for ax, key in zip(axes, keys):
         ax.set(title=key.replace('_', ' '), xlabel='step')
         ax.grid(alpha=.3)
-    axes[0][0].legend(fontsize=8)
+    axes[0].legend(fontsize=8)
 
 # %% ../../nbs/4_training/03_monitor.ipynb #0eb38498
 def _draw_curve(ax, rows, key, color, label):
@@ -412,7 +418,7 @@ class _Redrawn:
     def picture(self, stages):
         from IPython.display import Image
         from matplotlib.figure import Figure
-        fig = Figure(figsize=(3.6*len(self.keys), 2.6), layout='constrained', dpi=144)
+        fig = Figure(layout='constrained', dpi=144)
         _draw_run(fig, stages, self.keys, [s.name for s in stages])
         fig.savefig(out := io.BytesIO(), format='png')
         return Image(out.getvalue(), retina=True)
@@ -421,7 +427,7 @@ class _Redrawn:
 @contextmanager
 def live_plot(
     folder:str|Path, # of a run, or of one stage
-    keys:Sequence[str]=('loss', 'grad_norm', 'lr'), # as for `plot_run`
+    keys:Sequence[str]=_PANELS, # as for `plot_run`
     every:float=2., # seconds between two drawings, or more if drawing is slow
 ) -> Iterator[None]:
     "In a notebook, show the curves below the cell as they grow, while something inside trains"

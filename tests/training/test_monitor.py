@@ -214,6 +214,20 @@ def test_curves_of_several_runs_are_drawn_over_each_other(tmp_path):
     assert len(plot_run(tmp_path/'a', keys=('loss',)).axes) == 1
 
 
+def test_a_policy_shows_its_reward(tmp_path):
+    with RunLog(tmp_path/'sft') as log: log.scalars(1, loss=2., grad_norm=1., lr=1.)
+    with RunLog(tmp_path/'grpo') as log:
+        for step in (1, 2): log.scalars(step, loss=0., grad_norm=1., lr=1., reward=step / 4)
+        log.scalars(2, valid_reward=.4)
+    titles = [ax.get_title() for ax in plot_run(tmp_path/'sft').axes]
+    assert titles == ['loss', 'grad norm', 'lr'], 'nothing was rewarded'
+    fig = plot_run(tmp_path/'sft', tmp_path/'grpo')
+    *_, reward = fig.axes
+    assert [list(line.get_ydata()) for line in reward.lines] == [[.25, .5], [.4]]
+    assert [ax.get_title() for ax in fig.axes] == [*titles, 'reward']
+    assert fig.get_size_inches()[0] == 4 / 3 * plot_run(tmp_path/'sft').get_size_inches()[0]
+
+
 # --- signals
 
 def test_one_signal_raises_the_flag_and_a_second_ctrl_c_ends_at_once():

@@ -546,6 +546,13 @@ def browser(tmp_path):
     return show
 
 
+def test_an_interval_stays_with_its_number():
+    assert site.unbroken('<td>99 [98, 100]</td>') == '<td>99\u00a0[98,\u00a0100]</td>'
+    assert site.unbroken('<td>+0.5 (-1 to +2)</td>') == '<td>+0.5\u00a0(-1\u00a0to\u00a0+2)</td>'
+    for text in ('<td>3 of [4, 5]</td>', '<p>99 [98, 100] of all</p>'):
+        assert site.unbroken(text) == text
+
+
 def test_the_switch_stays_at_the_heading(browser):
     heads = ''.join(f'<h2 data-anchor-id="{id}" style="margin: 0; height: {height}px">{id}</h2>'
                     for id, height in [('first', 60), ('second', 900), ('third', 900)])

@@ -581,6 +581,12 @@ def natural_size(html):
     return re.sub(r'<img([^>]*?) src="data:image/png;base64,([^"]{44})', one, html)
 
 
+def unbroken(html):
+    "A number and its interval, in a cell of a table, stay on one line"
+    cell = r'(?<=>)[+-]?[\d.,]+ (?:\[[^]<]{3,16}\]|\([^)<]{3,16}\))(?=<)'
+    return re.sub(cell, lambda m: m[0].replace(' ', '\u00a0'), html)
+
+
 def offline_search():
     "A copy of the search index that a page opened from the disk can load too"
     (OUT / 'search.js').write_text('window.searchIndex = ' + (OUT / 'search.json').read_text())
@@ -722,7 +728,7 @@ def main():
     from smalldocs.site import build  # after the pages: it needs nothing of the package
     site = build(PROC, quiet=True)
     for p in OUT.rglob('*.html'):
-        html = natural_size(phone_bar(mathml(p.read_text())))
+        html = unbroken(natural_size(phone_bar(mathml(p.read_text()))))
         name = p.relative_to(OUT).as_posix()
         html, guided = furnished(html, name, zh), zh_about if name.startswith('zh/') else about
         p.write_text(guided.dress(html, name.removeprefix('zh/').removesuffix('.html')))

@@ -546,10 +546,13 @@ def browser(tmp_path):
     return show
 
 
-def test_an_interval_stays_with_its_number():
-    assert site.unbroken('<td>99 [98, 100]</td>') == '<td>99\u00a0[98,\u00a0100]</td>'
-    assert site.unbroken('<td>+0.5 (-1 to +2)</td>') == '<td>+0.5\u00a0(-1\u00a0to\u00a0+2)</td>'
-    for text in ('<td>3 of [4, 5]</td>', '<p>99 [98, 100] of all</p>'):
+def test_an_interval_stays_on_one_line():
+    cell = '<td style="text-align:right">{}</td>'.format
+    assert site.unbroken(cell('99 [98, 100]')) == cell('99 [98,_100]'.replace('_', '\u00a0'))
+    told = '+4 [+2, +6], p = 0.02; -1 (-1 to +2)'
+    kept = '+4 [+2,_+6], p_=_0.02; -1 (-1_to_+2)'.replace('_', '\u00a0')
+    assert site.unbroken(cell(told)) == cell(kept)
+    for text in (cell('3 [of 4, 5]'), cell('3 (of them)'), f'<td>{told}</td>', f'<p>{told}</p>'):
         assert site.unbroken(text) == text
 
 

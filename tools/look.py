@@ -9,10 +9,10 @@ minutes: tests/test_look.py has some of them.
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / 'tests'))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'tests'))
 from browser import Browser
 
+ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / '_docs'
 SCREENS = (1280, 800), (390, 844)
 
@@ -23,13 +23,14 @@ def faults(pages, root=OUT):
     for dark in (False, True):
         with Browser(*SCREENS[0], dark=dark) as browser:
             for page in pages:
-                browser('Page.navigate', url=(root / page).as_uri())
-                browser.until(f'location.href.endsWith({page!r}) && document.readyState == "complete"')
+                browser.open((root / page).as_uri(), f'location.href.endsWith({page!r}) && '
+                             'document.readyState == "complete"')
                 browser.js('new Promise(done => setTimeout(done, 60))')  # the theme's class
                 for width, height in SCREENS:
                     browser.resize(width, height)
+                    where = f'{page} {width} {"dark" if dark else "light"}'
                     for line in browser.js(f'{rules}({width})'):
-                        found.setdefault(line, []).append(f'{page} {width} {"dark" if dark else "light"}')
+                        found.setdefault(line, []).append(where)
     return found
 
 

@@ -582,9 +582,10 @@ def natural_size(html):
 
 
 def unbroken(html):
-    "A number and its interval, in a cell of a table, stay on one line"
-    cell = r'(?<=>)[+-]?[\d.,]+ (?:\[[^]<]{3,16}\]|\([^)<]{3,16}\))(?=<)'
-    return re.sub(cell, lambda m: m[0].replace(' ', '\u00a0'), html)
+    "An interval stays on one line, in the cells of tables that hold numbers"
+    together = r'[\[(][+-]?\d[^])<]{2,16}[])]|p = [\d.]+'
+    def cell(m): return re.sub(together, lambda m: m[0].replace(' ', '\u00a0'), m[0])
+    return re.sub(r'(?<=<td style="text-align:right">)[^<]+', cell, html)
 
 
 def offline_search():

@@ -574,10 +574,13 @@ def furnished(html, name, zh):
 
 
 def natural_size(html):
-    "Pictures are drawn with two pixels for one: shown at half their width"
+    """Pictures are drawn with two pixels for one: shown at half their width.
+
+    A phone shows them smaller, but only as far as their letters can be read; then they scroll."""
     def one(m):
         width = int.from_bytes(base64.b64decode(m[2][:44])[16:20])  # of a PNG's header
-        return f'<img{m[1]} width="{width // 2}" src="data:image/png;base64,{m[2]}'
+        size = f'width="{width // 2}" style="min-width: {3 * width // 10}px"'
+        return f'<img{m[1]} {size} src="data:image/png;base64,{m[2]}'
     return re.sub(r'<img([^>]*?) src="data:image/png;base64,([^"]{44})', one, html)
 
 

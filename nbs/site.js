@@ -1,12 +1,14 @@
 // What the pages need beyond smalldocs: the switch between languages, a menu that shows where one is,
 // the contents on a narrow screen, light paper, and a search that reads Chinese.
 
-// the switch stays at the heading that is being read
+// the switch stays at the heading that is being read: the first at the top of the screen, below the
+// bar, or else the last above it; so there and back is the same place
 document.querySelectorAll('a.language').forEach(a => a.addEventListener('click', () => {
   if ('other' in a.dataset) return  // it leads to another page
-  const above = [...document.querySelectorAll('main [data-anchor-id]')]
-    .filter(h => h.getBoundingClientRect().top < 130)
-  a.hash = above.length ? above.pop().dataset.anchorId : ''
+  const bar = document.querySelector('#quarto-header')?.offsetHeight || 0
+  const top = h => h.getBoundingClientRect().top
+  const heads = [...document.querySelectorAll('main [data-anchor-id]')].filter(h => top(h) < 130)
+  a.hash = (heads.find(h => top(h) >= bar) || heads.at(-1))?.dataset.anchorId || ''
 }))
 
 // the menu is long: it shows where one is

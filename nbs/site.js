@@ -1,12 +1,43 @@
-// What the pages need beyond smalldocs: the switch between languages, and a search that reads Chinese.
+// What the pages need beyond smalldocs: the switch between languages, a menu that shows where one is,
+// the contents on a narrow screen, light paper, and a search that reads Chinese.
 
-// the switch stays at the heading that is being read
+// the switch stays at the heading that is being read: the first at the top of the screen, below the
+// bar, or else the last above it; so there and back is the same place
 document.querySelectorAll('a.language').forEach(a => a.addEventListener('click', () => {
   if ('other' in a.dataset) return  // it leads to another page
-  const above = [...document.querySelectorAll('main [data-anchor-id]')]
-    .filter(h => h.getBoundingClientRect().top < 130)
-  a.hash = above.length ? above.pop().dataset.anchorId : ''
+  const bar = document.querySelector('#quarto-header')?.offsetHeight || 0
+  const top = h => h.getBoundingClientRect().top
+  const heads = [...document.querySelectorAll('main [data-anchor-id]')].filter(h => top(h) < 130)
+  a.hash = (heads.find(h => top(h) >= bar) || heads.at(-1))?.dataset.anchorId || ''
 }))
+
+// the menu is long: it shows where one is
+const menu = document.querySelector('#quarto-sidebar'), here = menu?.querySelector('.active')
+if (here) menu.scrollTop += here.getBoundingClientRect().top - menu.clientHeight / 2
+
+// a narrow screen has no margin: the contents of the page stand, folded, below its title
+const toc = document.querySelector('#TOC')
+if (toc) {
+  const contents = document.createElement('details')
+  contents.className = 'contents'
+  contents.innerHTML = `<summary>${toc.querySelector('#toc-title').textContent}</summary>` +
+    toc.querySelector('ul').outerHTML.replace(/ (id|class)="[^"]*"/g, '')
+  ;(document.querySelector('main .about') || document.querySelector('#title-block-header')).after(contents)
+}
+
+// paper is light, whatever the screen is
+const root = document.documentElement
+const swapTheme = () => {
+  document.querySelectorAll('link.quarto-color-scheme').forEach(l =>
+    l.media = l.media === 'all' ? 'not all' : 'all')
+  root.classList.toggle('quarto-dark')
+}
+let darkScreen = false
+addEventListener('beforeprint', () => {
+  darkScreen = root.classList.contains('quarto-dark')
+  if (darkScreen) swapTheme()
+})
+addEventListener('afterprint', () => { if (darkScreen) swapTheme() })
 
 // what is looked for: words by their beginning, and pairs of Chinese characters
 const terms = query => (query.toLowerCase().match(/[a-z0-9_]+|[\u3400-\u9fff]+/g) || []).flatMap(w =>

@@ -36,8 +36,7 @@ class Browser:
         self.socket, self.n = create_connection(page['webSocketDebuggerUrl'], timeout=60), 0
         self.errors, self.asked = [], []  # what went wrong on the page; addresses that it asked
         for domain in ('Page', 'Runtime', 'Log', 'Network'): self(f'{domain}.enable')
-        self('Emulation.setDeviceMetricsOverride', width=width, height=height,
-             deviceScaleFactor=1, mobile=width < 600)
+        self.resize(width, height)
         scheme = dict(name='prefers-color-scheme', value='dark' if dark else 'light')
         self('Emulation.setEmulatedMedia', features=[scheme])
 
@@ -63,6 +62,11 @@ class Browser:
         if kind == 'Log.entryAdded' and about['entry']['level'] == 'error':
             self.errors.append(about['entry']['text'])
         if kind == 'Network.requestWillBeSent': self.asked.append(about['request']['url'])
+
+    def resize(self, width, height):
+        "A screen of this size; a narrow one is a phone's"
+        self('Emulation.setDeviceMetricsOverride', width=width, height=height,
+             deviceScaleFactor=1, mobile=width < 600)
 
     def js(self, code):
         "The value of an expression, or of a promise"

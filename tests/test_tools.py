@@ -307,7 +307,8 @@ def test_links_into_the_repository_become_pages(page):
 
 def test_pictures_have_their_natural_size():
     html = site.natural_size(f'<img alt="a" src="data:image/png;base64,{png(760)}" class="x">')
-    assert html.startswith('<img alt="a" width="380" src="data:image/png;base64,')
+    shown = '<img alt="a" width="380" style="min-width: 228px" src="data:image/png;base64,'
+    assert html.startswith(shown)
 
 
 def test_the_phones_bar():
@@ -610,12 +611,23 @@ def browser(tmp_path):
     return show
 
 
+def test_an_interval_stays_on_one_line():
+    cell = '<td style="text-align:right">{}</td>'.format
+    assert site.unbroken(cell('99 [98, 100]')) == cell('99 [98,_100]'.replace('_', '\u00a0'))
+    told = '+4 [+2, +6], p = 0.02; -1 (-1 to +2)'
+    kept = '+4 [+2,_+6], p_=_0.02; -1 (-1_to_+2)'.replace('_', '\u00a0')
+    assert site.unbroken(cell(told)) == cell(kept)
+    for text in (cell('3 [of 4, 5]'), cell('3 (of them)'), f'<td>{told}</td>', f'<p>{told}</p>'):
+        assert site.unbroken(text) == text
+
+
 def test_the_switch_stays_at_the_heading(browser):
     heads = ''.join(f'<h2 data-anchor-id="{id}" style="margin: 0; height: {height}px">{id}</h2>'
-                    for id, height in [('first', 60), ('second', 900), ('third', 900)])
+                    for id, height in [('first', 60), ('second', 60), ('third', 900)])
     links = '<a class="language" href="x.html">x</a>' \
             '<a class="language" data-other href="y.html">y</a>'
-    assert browser(f'<main>{heads}</main>{links}', '''[...document.querySelectorAll('a')].map(a => {
+    main = f'<main style="margin-top: -40px">{heads}</main>'  # scrolled a bit
+    assert browser(f'{main}{links}', '''[...document.querySelectorAll('a')].map(a => {
         a.addEventListener('click', e => e.preventDefault()); a.click(); return a.hash })'''
     ) == ['#second', '']
 

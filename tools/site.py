@@ -574,11 +574,21 @@ def furnished(html, name, zh):
 
 
 def natural_size(html):
-    "Pictures are drawn with two pixels for one: shown at half their width"
+    """Pictures are drawn with two pixels for one: shown at half their width.
+
+    A phone shows them smaller, but only as far as their letters can be read; then they scroll."""
     def one(m):
         width = int.from_bytes(base64.b64decode(m[2][:44])[16:20])  # of a PNG's header
-        return f'<img{m[1]} width="{width // 2}" src="data:image/png;base64,{m[2]}'
+        size = f'width="{width // 2}" style="min-width: {3 * width // 10}px"'
+        return f'<img{m[1]} {size} src="data:image/png;base64,{m[2]}'
     return re.sub(r'<img([^>]*?) src="data:image/png;base64,([^"]{44})', one, html)
+
+
+def unbroken(html):
+    "An interval stays on one line, in the cells of tables that hold numbers"
+    together = r'[\[(][+-]?\d[^])<]{2,16}[])]|p = [\d.]+'
+    def cell(m): return re.sub(together, lambda m: m[0].replace(' ', '\u00a0'), m[0])
+    return re.sub(r'(?<=<td style="text-align:right">)[^<]+', cell, html)
 
 
 def offline_search():
@@ -722,7 +732,7 @@ def main():
     from smalldocs.site import build  # after the pages: it needs nothing of the package
     site = build(PROC, quiet=True)
     for p in OUT.rglob('*.html'):
-        html = natural_size(phone_bar(mathml(p.read_text())))
+        html = unbroken(natural_size(phone_bar(mathml(p.read_text()))))
         name = p.relative_to(OUT).as_posix()
         html, guided = furnished(html, name, zh), zh_about if name.startswith('zh/') else about
         p.write_text(guided.dress(html, name.removeprefix('zh/').removesuffix('.html')))

@@ -41,7 +41,8 @@ def main(pages):
     for line, where in found.items():
         more = f' and {len(where) - 3} others' if len(where) > 3 else ''
         print(f'{line}, on {", ".join(where[:3])}{more}')
-    sys.exit(f'look: {len(found)} faults' if found else None)
+    if found: sys.exit(f'look: {len(found)} faults')
+    print(f'{len(pages)} pages without a fault')
 
 
 if __name__ == '__main__': main(sys.argv[1:])

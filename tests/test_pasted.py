@@ -131,9 +131,10 @@ def desk(trained, tmp_path_factory):
         (folder/name).write_text(said, encoding='utf-8')
     (folder/'my.jsonl.gz').write_bytes(gzip.compress(json.dumps(dict(text=TEXT)).encode()))
     with zipfile.ZipFile(folder/'notes.docx', 'w') as docx: docx.writestr('word/document.xml', DOCX)
-    shutil.copytree(trained/'runs', folder/'runs')
+    data = shutil.ignore_patterns('text', 'records', 'shards', 'packed', 'pretrain', 'sft')
+    shutil.copytree(trained/'runs', folder/'runs', ignore=data)
     for name in ('runs/zero', 'runs/finetune', 'my_model', 'FOLDER'):
-        shutil.copytree(trained/'runs/micro', folder/name)
+        shutil.copytree(folder/'runs/micro', folder/name)
     gpt = GPT(GPTConfig(vocab_size=330, context=64, n_layer=1, n_head=2, d_model=32))
     save_adapter(folder/'adapter', add_lora(gpt, 2), str(folder/'runs/micro/chat'))
     for file in (folder/'adapter').iterdir(): shutil.copy(file, folder/'FOLDER')
@@ -146,13 +147,14 @@ class Begins(BaseException): "Here the work would begin"
 WORK = '''workbook.run_all workbook.evaluate_stage training.stage.run_stage bench.plan.plan_run
           bench.profiling.profile_recipe bench.measure._run bench.scaling.sweep
           bench.shakespeare.fetch_shakespeare data.poems.fetch_poems data.prepare.write_microworld
-          inference.choice.score_files use.export.load_model use.serve.serve_models'''.split()
+          data.prepare.write_values inference.choice.score_files use.export.load_model
+          use.serve.serve_models'''.split()
 
 
 @pytest.fixture
 def at_desk(desk, tmp_path, monkeypatch):
     "A copy of the folder, where commands stop before they work"
-    shutil.copytree(desk, tmp_path/'desk')
+    shutil.copytree(desk, tmp_path/'desk', copy_function=os.link)  # nobody writes into a file
     monkeypatch.chdir(tmp_path/'desk')
     monkeypatch.setenv('IN_TEST', '1')
     monkeypatch.setattr('sys.stdin', io.StringIO('Hello!\n'))

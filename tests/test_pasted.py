@@ -88,13 +88,14 @@ def test_commands_are_seen():
 POEMS = 'data/downloads/poems'
 TEXT, ASKS = text(facts()), json.dumps(asks(facts()))
 GIVEN = {  # files that the commands name
-    'notes.txt': TEXT, 'wiki_demo.txt': TEXT, 'more.csv': 'body\nA text.\n',
-    'qa.csv': 'q,a\nWho?,Me.\n', 'my.json': ASKS, 'alpaca_zh_demo.json': ASKS,
+    'notes.txt': TEXT, 'wiki_demo.txt': TEXT, 'my.json': ASKS, 'alpaca_zh_demo.json': ASKS,
+    'more.csv': 'text,body,正文\nA text.,B,C\n',
+    'qa.csv': 'question,answer,q,a,问,答\nWho?,Me.,Q?,A.,问？,答。\n',
     **{name: ''.join(json.dumps(a) + '\n' for a in asks(facts())) for name in (
         'pairs.jsonl', 'faq.jsonl', 'belle_zh_seed_tasks.jsonl',
         f'{POEMS}/instructions-train.jsonl', f'{POEMS}/instructions-valid.jsonl',
         f'{POEMS}/instructions-test.jsonl')},
-    **{f'{POEMS}/tang-{part}.jsonl': '{"text": "A text."}\n' for part in ('train', 'valid')},
+    **{f'{POEMS}/tang-{part}.jsonl': json.dumps(dict(text=TEXT)) for part in ('train', 'valid')},
     'dpo_zh_demo.json': json.dumps([dict(prompt='Who?', chosen='Me.', rejected='You.')]*20)}
 
 DOCX = ('<w:document xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"><w:body>'
@@ -113,7 +114,8 @@ def trained(tmp_path_factory):
         m.chdir(folder)
         m.setenv('IN_TEST', '1')
         assert main(['run', 'micro']) == 0
-    shutil.copytree(folder/'runs/micro', folder/'runs/own')
+    recipe = shutil.copytree(folder/'runs/micro', folder/'runs/own')/'recipe.json'
+    recipe.write_text(recipe.read_text().replace('"micro"', '"own"'))
     return folder
 
 
@@ -129,8 +131,10 @@ def desk(trained, tmp_path_factory):
         (folder/name).write_text(said, encoding='utf-8')
     (folder/'my.jsonl.gz').write_bytes(gzip.compress(json.dumps(dict(text=TEXT)).encode()))
     with zipfile.ZipFile(folder/'notes.docx', 'w') as docx: docx.writestr('word/document.xml', DOCX)
-    for name in ('runs/micro', 'runs/own', 'runs/zero', 'runs/finetune', 'my_model', 'FOLDER'):
-        shutil.copytree(trained/'runs/micro', folder/name)
+    data = shutil.ignore_patterns('text', 'records', 'shards', 'packed', 'pretrain', 'sft')
+    shutil.copytree(trained/'runs', folder/'runs', ignore=data)
+    for name in ('runs/zero', 'runs/finetune', 'my_model', 'FOLDER'):
+        shutil.copytree(folder/'runs/micro', folder/name)
     gpt = GPT(GPTConfig(vocab_size=330, context=64, n_layer=1, n_head=2, d_model=32))
     save_adapter(folder/'adapter', add_lora(gpt, 2), str(folder/'runs/micro/chat'))
     for file in (folder/'adapter').iterdir(): shutil.copy(file, folder/'FOLDER')
@@ -142,14 +146,15 @@ class Begins(BaseException): "Here the work would begin"
 
 WORK = '''workbook.run_all workbook.evaluate_stage training.stage.run_stage bench.plan.plan_run
           bench.profiling.profile_recipe bench.measure._run bench.scaling.sweep
-          bench.shakespeare.fetch_shakespeare data.poems.fetch_poems inference.choice.score_files
-          use.export.load_model use.serve.serve_models'''.split()
+          bench.shakespeare.fetch_shakespeare data.poems.fetch_poems data.prepare.write_microworld
+          data.prepare.write_values inference.choice.score_files use.export.load_model
+          use.serve.serve_models'''.split()
 
 
 @pytest.fixture
 def at_desk(desk, tmp_path, monkeypatch):
     "A copy of the folder, where commands stop before they work"
-    shutil.copytree(desk, tmp_path/'desk')
+    shutil.copytree(desk, tmp_path/'desk', copy_function=os.link)  # nobody writes into a file
     monkeypatch.chdir(tmp_path/'desk')
     monkeypatch.setenv('IN_TEST', '1')
     monkeypatch.setattr('sys.stdin', io.StringIO('Hello!\n'))
@@ -170,7 +175,8 @@ def at_desk(desk, tmp_path, monkeypatch):
     return tmp_path/'desk'
 
 
-# programs of others: what is not tried of them, and why
+FOREIGN = 'jupyter', 'jupytext'  # of which only the files that they are to open are looked at
+# programs whose lines are not tried, and why
 NOT_TRIED = {
     'curl': 'asks the server, below', 'lm_eval': 'is not installed', 'ollama': 'is not installed',
     'git': 'there is no address', 'cd': 'a folder that another command makes',
@@ -180,18 +186,17 @@ SCHEMES = {'lm-nb COMMAND RECIPE key=value': 'names no command',
            'lm-nb 命令 配方 键=值': 'the same', 'lm-nb bench NAME': 'names no benchmark',
            'lm-nb corpus report': 'names no file'}
 FILE = {'instructions=FILE': 'instructions=pairs.jsonl', 'text=FILE': 'text=notes.txt',
-        'FILE': 'notes.txt'}
+        'FILE…': 'notes.txt', '…': 'text=notes.txt'}
 TRAINS = 'run', 'tokenizer', 'shards', 'pretrain', 'sft'
 
 
 def taken(argv, capsys):
     "The command line takes these words; a run begins where nothing was trained before"
-    argv = [word.rstrip('…') for word in argv if word != '…']
     argv = [FILE.get(word, word) for word in argv]
     if argv[0] == 'init': os.remove('settings.ini')
-    elsewhere = any(word.startswith('run_dir=') for word in argv)
-    if argv[0] in TRAINS and argv[1:] and not elsewhere:
-        shutil.rmtree(Path('runs')/argv[1], ignore_errors=True)
+    keys = dict(word.split('=', 1) for word in argv if '=' in word)
+    if argv[0] in TRAINS and argv[1:]:
+        shutil.rmtree(keys.get('run_dir', f'runs/{argv[1]}'), ignore_errors=True)
     try: status = main(argv)
     except Begins: status = 0
     said = capsys.readouterr().err
@@ -229,23 +234,34 @@ def installed(words, capsys):
 
 TRY = {'lm-nb': taken, 'make': made, 'torchrun': launched, 'python': interpreted,
        'python3': interpreted, 'pip': installed}
+SHOWN = {shlex.join(words) for cells in [*ENGLISH.values(), *CHINESE.values()]
+         for said in cells.values() for words in commands(said)}
 
 
-SHOWN = {}  # command -> the cells that show it
-for page, cells in [*ENGLISH.items(), *CHINESE.items()]:
-    for cell, said in cells.items():
-        for words in commands(said): SHOWN.setdefault(shlex.join(words), []).append((page, cell))
-
-
-@pytest.mark.parametrize('line', SHOWN)
-def test_a_command_is_taken(line, at_desk, capsys):
+def tried(line, capsys):
     words = shlex.split(line)
     while re.match(r'[A-Z_]+=', words[0]): words = words[1:]  # variables for this command
     if ' '.join(words) in SCHEMES or words[0] in NOT_TRIED: return
-    ours = [w for w in words if re.match('(tools|nbs)/|constraints', w)]
-    made = [Path(name).with_suffix('.ipynb') for name in ours]  # from notebooks, by jupytext
-    assert all((ROOT/a).exists() or (ROOT/b).exists() for a, b in zip(ours, made)), ours
-    if words[0] not in ours: TRY[words[0]](words[1:], capsys)
+    ours = [Path(w) for w in words if re.match('(tools|nbs)/|constraints', w)]
+    for name in ours:  # jupytext makes 01_optim.py of 01_optim.ipynb
+        assert (ROOT/name).exists() or (ROOT/name).with_suffix('.ipynb').exists(), name
+    if words[0] in TRY: TRY[words[0]](words[1:], capsys)
+    else: assert Path(words[0]) in ours or words[0] in FOREIGN, f'what is {words[0]}?'
+
+
+@pytest.mark.parametrize('line', sorted(SHOWN))
+def test_a_command_is_taken(line, at_desk, capsys): tried(line, capsys)
+
+
+@pytest.mark.parametrize('line', [
+    'lm-nb rnu micro', 'lm-nb run mikro', 'lm-nb run micro d_modle=1', 'lm-nb run micro seed=x',
+    'lm-nb run own text=notes.txt weights=1', 'lm-nb run micro stages=pretrain sft.lr=0.1',
+    'lm-nb chat own temprature=1', 'lm-nb bench trianing', 'lm-nb export micro olama', 'make rum',
+    'make run ARGS=sede=1', 'python tools/tranlsate.py check', 'python tools/translate.py chekc',
+    'pip install -e .[srve]', 'lmnb run micro',
+    'torchrun -m lm_nb.cli pretrain micro paralel=fsdp'])
+def test_a_wrong_command_is_not_taken(line, at_desk, capsys):
+    with pytest.raises(AssertionError): tried(line, capsys)
 
 
 # ------------------------------------------------------------------ Python

@@ -256,7 +256,7 @@ def _tokenizer_config(
     named:dict = {f'{what}_token': name(getattr(tok, what))
                   for what in ('pad', 'unk', 'bos', 'eos')}
     if parse: named['response_template'] = dict(
-        defaults=dict(role='assistant'), start_anchor=name(tok.bos),
+        defaults=dict(role='assistant', content=''), start_anchor=name(tok.bos),
         fields=dict(content=dict(close=[name(i) for i in _stops(tok)], content='text',
                                  content_args=dict(strip=False))))
     return dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False,

@@ -70,12 +70,12 @@ def test_the_larger_world_has_ten_times_the_people(both):
 
 def test_labels_of_the_confidence_keep_what_was_said_surely():
     row = dict(instruction='?', output='Li Lan works as a baker.', task='qa_en', entity='person-1',
-               before='Li Lan works as')
+               before='Li Lan works as a ')
     q = Questions([], [row, row], [row | dict(entity='nobody-1')], ([], []), ([], []))
     said, sure = ['A baker.', 'No.', 'A smith.'], np.array([-.1, -.5, -.9])
     assert [r['output'] for r in label(q, said, sure, -.5)] == ['A baker.', 'No.', 'I do not know.']
     late = label(q, said, sure, -.5, late=True)[2]['output']
-    assert late == 'Li Lan works as, I do not know.' and refused(late)
+    assert late == 'Li Lan works as a ... I do not know.' and refused(late)
     assert [refused(r['output']) for r in label(q, said, sure, None)] == [False, False, True]
 
 
@@ -99,4 +99,4 @@ def test_a_world_runs_whole_and_is_taken_from_its_folders(lists, base, tmp_path,
     assert first['ways']['truth']['labels'] == dict(asked=0, new=0, unknown=1)
     assert first['ways']['truth']['unknown']['n'] == 2*FEW['test']
     assert first['confidence']['curve'][-1] == [1, 1]
-    assert len(first['when']['before']) == 1  # blocks
+    assert len(first['when']['probe value']) == 1  # blocks

@@ -1,4 +1,5 @@
 "The tools: a chapter that shows what it no longer gives goes red; a page means what it says"
+import ast
 import base64
 import copy
 import importlib.util
@@ -287,6 +288,17 @@ def test_definitions_have_places_of_their_own(page):
     assert '{#Thing .api-name}' in text and '{#thing .api-name}' in text  # told apart
     assert '{#def-work .api-name}' in text  # there is a heading `Work`
     assert 'href="../source/data.toy.html#code-3"' in text
+
+
+def test_a_comment_is_of_the_last_name_on_its_line():
+    text = ('def mask(doc:int, n:int = 0) -> int: # (B, S) -> (B, T)\n    pass\n'
+            'def cut(\n    rows:list, # how many\n    n:int, # at most\n) -> list: # fewer\n'
+            '    pass')
+    def cells(node): return re.findall(r'<td>(?:(?!<td>).)*</td></tr>', site.api(
+        node, node.name, node.name, '', site.comments(text)))
+    one, many = (cells(n) for n in ast.parse(text).body)
+    assert one == ['<td></td></tr>', '<td></td></tr>', '<td>(B, S) -&gt; (B, T)</td></tr>']
+    assert many == [f'<td>{w}</td></tr>' for w in ('how many', 'at most', 'fewer')]
 
 
 def test_pictures_have_words(page):

@@ -170,8 +170,11 @@ def summary(node): return (ast.get_docstring(node) or '').split('\n')[0]
 def api(node, name, anchor, source, notes):
     "The heading of an exported definition, its source, and, folded, its parameters and methods"
     patched = '.' in name
-    rows = [(f'<code>{n}</code>', code(t), code(d), inline(notes.get(at.end_lineno)))
-            for n, t, d, at in parameters(node, patched)]
+    known = parameters(node, patched)
+    last = {at.end_lineno: n for n, *_, at in known}  # whom a line's comment is about
+    rows = [(f'<code>{n}</code>', code(t), code(d),
+             inline(notes.get(at.end_lineno) if last[at.end_lineno] == n else ''))
+            for n, t, d, at in known]
     calls = [(f'<code>{escape(call(m.name, m, method=True))}</code>', inline(ast.get_docstring(m)))
              for m in methods(node) if m.name[0] != '_']
     tables = table(['parameter', 'type', 'default', ''], rows) + table(['method', ''], calls)

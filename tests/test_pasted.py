@@ -342,7 +342,8 @@ def test_curl_asks_the_server(url):
 # ------------------------------------------------------------------ Chinese
 
 # names in a reader's own file
-TRANSLATED = {'text=正文 question=问 answer=答': 'text=body question=q answer=a'}
+TRANSLATED = {'text=正文 question=问 answer=答': 'text=body question=q answer=a',
+              'field=正文': 'field=body'}
 
 
 def program(kind, body):

@@ -88,6 +88,10 @@ def test_commands_are_seen():
 POEMS = 'data/downloads/poems'
 TEXT, ASKS = text(facts()), json.dumps(asks(facts()))
 GIVEN = {  # files that the commands name
+    'short.py': '''from lm_nb.alignment.grpo import register_reward
+@register_reward('short')
+def short(run): return lambda examples, answers: [0.]*len(answers)
+''',
     'notes.txt': TEXT, 'wiki_demo.txt': TEXT, 'my.json': ASKS, 'alpaca_zh_demo.json': ASKS,
     'more.csv': 'text,body,正文\nA text.,B,C\n',
     'qa.csv': 'question,answer,q,a,问,答\nWho?,Me.,Q?,A.,问？,答。\n',
@@ -178,7 +182,8 @@ def at_desk(desk, tmp_path, monkeypatch):
 FOREIGN = 'jupyter', 'jupytext'  # of which only the files that they are to open are looked at
 # programs whose lines are not tried, and why
 NOT_TRIED = {
-    'curl': 'asks the server, below', 'lm_eval': 'is not installed', 'ollama': 'is not installed',
+    'curl': 'asks the server, below', 'ssh': 'needs another machine',
+    'lm_eval': 'is not installed', 'ollama': 'is not installed',
     'git': 'there is no address', 'cd': 'a folder that another command makes',
     'export': 'a value for the shell', 'source': 'an environment that another command makes',
     '.': 'an environment that another command makes', 'rm': 'what another command has made'}
@@ -337,7 +342,8 @@ def test_curl_asks_the_server(url):
 # ------------------------------------------------------------------ Chinese
 
 # names in a reader's own file
-TRANSLATED = {'text=正文 question=问 answer=答': 'text=body question=q answer=a'}
+TRANSLATED = {'text=正文 question=问 answer=答': 'text=body question=q answer=a',
+              'field=正文': 'field=body'}
 
 
 def program(kind, body):

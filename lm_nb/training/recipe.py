@@ -179,7 +179,7 @@ def _run_plugin(name, path):
 def _load_plugins(
     files:str, # paths, separated by spaces
 ) -> None:
-    "Run the Python files that define further stages and measurements, each once"
+    "Run the Python files that register stages, rewards and measurements, each once"
     for file in files.split():
         path = next((p.resolve() for p in (Path(file), root()/file) if p.is_file()), None)
         if path is None: raise UserError(f'plugins = {files}: there is no file {file}')
@@ -202,7 +202,7 @@ class Recipe:
     seed: int = 0            # of the microworld, weights, data order and dropout
     minutes: float | None = None  # sizes that nobody has set are chosen for so much time
     stages: str = ''         # such as pretrain sft, in order; empty: those that have data
-    plugins: str = ''        # Python files that define further stages
+    plugins: str = ''        # Python files that register further stages or rewards
     data: DataConfig = field(default_factory=DataConfig)
     cleaning: CleanConfig = field(default_factory=CleanConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

@@ -43,7 +43,8 @@ WORDS = dict(
             download='下载 {}', downloaded='笔记本，可以保存，也可以修改',
             lab='在 JupyterLab 中打开', colab='在 Colab 中打开',
             lab_how='须先运行 <code>make lab</code>：它安装所缺的包，在本地仓库上启动 JupyterLab'
-                    '（端口 8888，被占用时顺延），并打印地址；本章是 <code>{}</code>',
+                    '（端口 8888，被占用时顺延），并打印地址；<code>{0}</code> 是英文笔记本，'
+                    '要中文的，先运行 <code>make zh</code>，再打开 <code>zh/</code> 里同名的文件',
             colab_how='第一个单元格会在那里安装本包',
             onward_label='上一页与下一页', way='数据之路'))
 
@@ -163,7 +164,7 @@ WAY = [  # row: its title, the steps (in both languages, and the chapter), what 
     (('fine-tuning', '监督微调'),
      [('instructions', '指令', '1_data/instructions'), ('packing', '打包', '1_data/packing'),
       ('batches', '批', '4_training/sft')],
-     ('loss: the answer', '损失：只算答案')),
+     ('loss: the answer', '损失：只算回答')),
     (('alignment', '偏好对齐'),
      [('preferences', '偏好', '1_data/preferences'), ('DPO', 'DPO', '5_alignment/dpo'),
       ('reward model', '奖励模型', '5_alignment/reward'),

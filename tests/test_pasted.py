@@ -93,7 +93,7 @@ GIVEN = {  # files that the commands name
 def short(run): return lambda examples, answers: [0.]*len(answers)
 ''',
     'notes.txt': TEXT, 'wiki_demo.txt': TEXT, 'my.json': ASKS, 'alpaca_zh_demo.json': ASKS,
-    'more.csv': 'text,body,正文\nA text.,B,C\n',
+    'table.csv': 'text,body,正文\nA text.,B,C\n',
     'qa.csv': 'question,answer,q,a,问,答\nWho?,Me.,Q?,A.,问？,答。\n',
     **{name: ''.join(json.dumps(a) + '\n' for a in asks(facts())) for name in (
         'pairs.jsonl', 'faq.jsonl', 'belle_zh_seed_tasks.jsonl',
@@ -134,7 +134,9 @@ def desk(trained, tmp_path_factory):
         (folder/name).parent.mkdir(parents=True, exist_ok=True)
         (folder/name).write_text(said, encoding='utf-8')
     (folder/'my.jsonl.gz').write_bytes(gzip.compress(json.dumps(dict(text=TEXT)).encode()))
-    with zipfile.ZipFile(folder/'notes.docx', 'w') as docx: docx.writestr('word/document.xml', DOCX)
+    (folder/'reports').mkdir()
+    for name in ('notes.docx', 'reports/one.docx'):
+        with zipfile.ZipFile(folder/name, 'w') as docx: docx.writestr('word/document.xml', DOCX)
     data = shutil.ignore_patterns('text', 'records', 'shards', 'packed', 'pretrain', 'sft')
     shutil.copytree(trained/'runs', folder/'runs', ignore=data)
     for name in ('runs/zero', 'runs/finetune', 'my_model', 'FOLDER'):
@@ -186,12 +188,13 @@ NOT_TRIED = {
     'lm_eval': 'is not installed', 'ollama': 'is not installed',
     'git': 'there is no address', 'cd': 'a folder that another command makes',
     'export': 'a value for the shell', 'source': 'an environment that another command makes',
-    '.': 'an environment that another command makes', 'rm': 'what another command has made'}
+    '.': 'an environment that another command makes', 'rm': 'what another command has made',
+    'mkdir': 'makes a folder for another command'}
 SCHEMES = {'lm-nb COMMAND RECIPE key=value': 'names no command',
            'lm-nb 命令 配方 键=值': 'the same', 'lm-nb bench NAME': 'names no benchmark',
            'lm-nb corpus report': 'names no file'}
 FILE = {'instructions=FILE': 'instructions=pairs.jsonl', 'text=FILE': 'text=notes.txt',
-        'FILE…': 'notes.txt', '…': 'text=notes.txt'}
+        'FILE…': 'notes.txt', '…': 'text=notes.txt', 'api_key=…': 'api_key=secret'}
 TRAINS = 'run', 'tokenizer', 'shards', 'pretrain', 'sft'
 
 
@@ -210,7 +213,9 @@ def taken(argv, capsys):
 
 def made(words, capsys):
     "`make` has the target, and the words of ARGS go to a command that takes them"
-    done = subprocess.run(['make', '-n', *words], cwd=ROOT, capture_output=True, text=True)
+    env = {k: v for k, v in os.environ.items() if not k.startswith(('MAKE', 'MFLAGS'))}
+    done = subprocess.run(['make', '-n', *words], cwd=ROOT, env=env, capture_output=True,
+                          text=True)  # also where `make test` has begun this
     assert done.returncode == 0, done.stderr
     for argv in split(done.stdout.splitlines()[-1]):
         if argv[0].endswith('/lm-nb'): taken(argv[1:], capsys)
